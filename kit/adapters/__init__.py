@@ -1,0 +1,3 @@
+"""Adapters by the name that a recipe gives them."""
+
+ADAPTERS = {"lora": "kit.adapters.lora:Lora"}

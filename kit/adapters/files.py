@@ -1,0 +1,69 @@
+"""The adapter file of this kit: trained tensors, and in its header how they came about."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kit.errors import InputError
+
+HEADER = "charakit"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter file says of itself.
+
+    Attributes:
+        name: of the run that trained it.
+        base: type of the base model, a name from the table of bases.
+        rank: of the factors.
+        alpha: factors are scaled by alpha / rank.
+        parts: parts of the denoiser with factors.
+        train_fully: parts that trained without factors.
+        steps: optimiser steps so far.
+        recipe: the resolved recipe, as YAML.
+    """
+
+    name: str
+    base: str
+    rank: int
+    alpha: float
+    parts: tuple[str, ...]
+    train_fully: tuple[str, ...]
+    steps: int
+    recipe: str
+
+
+def write_adapter(path: Path, tensors: Mapping[str, Tensor], info: AdapterInfo) -> None:
+    """Write an adapter file; a file of that name is replaced only by a complete one."""
+    partial = path.with_suffix(".partial")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, partial, metadata={"format": "pt", HEADER: json.dumps(asdict(info))})
+    partial.replace(path)
+
+
+def load_adapter(path: Path) -> tuple[dict[str, Tensor], AdapterInfo]:
+    """Read an adapter file.
+
+    Raises:
+        InputError: the file is missing, unreadable, or not an adapter of this kit.
+    """
+    if not path.is_file():
+        raise InputError(f"adapter: no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(HEADER)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"adapter: {path} cannot be read: {error}") from error
+    if header is None:
+        raise InputError(f"adapter: {path} was not written by this kit")
+    values = json.loads(header)
+    return tensors, AdapterInfo(
+        **{**values, "parts": tuple(values["parts"]), "train_fully": tuple(values["train_fully"])}
+    )

@@ -1,0 +1,242 @@
+"""The command line: words to calls. `kit --help` lists the commands.
+
+Each command imports its code when it runs, so that help and plugin lists need no torch.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeAlias
+
+from kit.errors import InputError
+
+USER_ERROR = 2
+STOPPED = 130
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_Arguments = argparse.Namespace
+# As text, because this class takes no parameters when it runs.
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        Exit status: 0 done, 2 something the user can put right, 130 stopped from the keyboard.
+    """
+    arguments = _parser().parse_args(argv)
+    _configure_logging()
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        _refuse("stopped")
+        return STOPPED
+    except Exception as error:
+        full = _disk_full(error)
+        if full is None:
+            raise
+        return _refuse(full)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kit",
+        description="Fine-tune video diffusion transformers that make characters talk.",
+        epilog="`kit COMMAND --help` tells more about a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"kit {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_prepare, _add_fit, _add_sample, _add_export, _add_check, _add_plugins):
+        add(commands)
+    return parser
+
+
+def _add(
+    commands: _Commands, name: str, text: str, example: str, run: Callable[[_Arguments], None]
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_prepare(commands: _Commands) -> None:
+    text = "turn a folder of videos, images and speech into shards"
+    example = "kit prepare my_clips --out runs/clips --buckets 480"
+    add = _add(commands, "prepare", text, example, _prepare).add_argument
+    add("source", type=Path, metavar="SOURCE", help="folder or file to read")
+    add("--out", type=Path, required=True, help="folder to write the shards to")
+    add("--recipe", help="fit recipe whose base and window the shards are for")
+    add("--encode", action="store_true", help="also encode, with the recipe's base")
+    add("--window", type=int, metavar="N", help="frames in a training window, 4n + 1")
+    add("--buckets", metavar="SIZES", help="480, 720, or sizes HxW such as 64x64,48x80")
+    add(
+        "--clip-seconds",
+        type=float,
+        default=15.0,
+        metavar="S",
+        help="seconds a clip lasts at most (%(default)s)",
+    )
+    add(
+        "--sequence-fps",
+        type=float,
+        default=25.0,
+        metavar="F",
+        help="frames per second of numbered images (%(default)s)",
+    )
+    add("--overwrite", action="store_true", help="replace shards written before")
+
+
+def _add_fit(commands: _Commands) -> None:
+    example = "kit fit recipes/quickstart.yaml trainer.max_steps=20"
+    _add_recipe(_add(commands, "fit", "train an adapter as a recipe says", example, _fit))
+
+
+def _add_sample(commands: _Commands) -> None:
+    example = "kit sample recipes/quickstart_sample.yaml seed=7"
+    _add_recipe(_add(commands, "sample", "make a video as a recipe says", example, _sample))
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file here, or the name of a shipped one"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replaces one value of the recipe, such as trainer.max_steps=20",
+    )
+
+
+def _add_export(commands: _Commands) -> None:
+    text = "write an adapter in the formats of other programs"
+    example = "kit export runs/talk/adapter.safetensors --to diffusers,comfyui"
+    add = _add(commands, "export", text, example, _export).add_argument
+    add("adapter", type=Path, metavar="ADAPTER", help="adapter file written by `kit fit`")
+    add("--to", required=True, metavar="FORMATS", help="formats, with commas between them")
+    add("--out", type=Path, metavar="FOLDER", help="where to write (beside the adapter)")
+
+
+def _add_check(commands: _Commands) -> None:
+    text = "check recipes or shards without training, or describe what recipes may hold"
+    example = "kit check recipes/quickstart.yaml\n  kit check --schema fit --out fit.schema.json"
+    add = _add(commands, "check", text, example, _check).add_argument
+    add("words", nargs="*", metavar="PATH | key=value", help="recipes or folders, then overrides")
+    add("--schema", choices=("fit", "sample"), help="describe the recipes of a command as JSON")
+    add("--out", type=Path, metavar="FILE", help="where to write the description")
+
+
+def _add_plugins(commands: _Commands) -> None:
+    _add(commands, "plugins", "list the plugins that recipes can name", "kit plugins", _plugins)
+
+
+def _prepare(arguments: _Arguments) -> None:
+    from kit.run.prepare import prepare
+
+    prepare(
+        arguments.source,
+        arguments.out,
+        recipe=arguments.recipe,
+        encode=arguments.encode,
+        window=arguments.window,
+        buckets=arguments.buckets,
+        clip_seconds=arguments.clip_seconds,
+        sequence_fps=arguments.sequence_fps,
+        overwrite=arguments.overwrite,
+        report=print,
+    )
+
+
+def _fit(arguments: _Arguments) -> None:
+    from kit.run.fit import fit
+
+    fit(arguments.recipe, arguments.overrides, report=print)
+
+
+def _sample(arguments: _Arguments) -> None:
+    from kit.run.sample import sample
+
+    sample(arguments.recipe, arguments.overrides, report=print)
+
+
+def _export(arguments: _Arguments) -> None:
+    from kit.run.export import export
+
+    formats = [name.strip() for name in arguments.to.split(",")]
+    export(arguments.adapter, formats, out=arguments.out, report=print)
+
+
+def _check(arguments: _Arguments) -> None:
+    overrides = [word for word in arguments.words if "=" in word]
+    paths = [word for word in arguments.words if "=" not in word]
+    if not paths and arguments.schema is None:
+        raise InputError("check: name a recipe, a folder of shards, or --schema fit|sample")
+    from kit.run.check import check, describe
+
+    if arguments.schema is not None:
+        describe(arguments.schema, out=arguments.out, report=print)
+    if paths:
+        check(paths, overrides, report=print)
+
+
+def _plugins(arguments: _Arguments) -> None:
+    from kit import plugins
+
+    found = plugins.available()
+    for plugin in found.values():
+        print(f"{plugin.name:<20} {plugin.summary}\n{'':<20} {plugin.origin}")
+    if not found:
+        print("There are no plugins yet. They go in one of these folders:")
+        print("\n".join(f"  {folder}" for folder in plugins.folders()))
+        print(f"More folders can be named in {plugins.PATH_VARIABLE}.")
+
+
+def _configure_logging() -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("kit").setLevel(logging.INFO)
+    # On import it warns of an optional CPU kernel that no recipe of ours uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _version() -> str:
+    try:
+        return version("charakit")
+    except PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
+def _refuse(message: str) -> int:
+    print("\n".join(f"kit: {line}" for line in message.splitlines()), file=sys.stderr)
+    return USER_ERROR
+
+
+def _disk_full(error: BaseException) -> str | None:
+    """Say which file found no room, if that is what went wrong."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return f"the disk is full, while writing {cause.filename or 'a file'}"
+        # Writers in other languages keep the system's words but not its number.
+        if os.strerror(errno.ENOSPC) in str(cause):
+            return f"the disk is full: {cause}"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,194 @@
+"""From pixels, sound and words to what the frozen encoders make of them."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from kit.batch import Sample
+from kit.data.clips import (
+    RawSample,
+    num_context,
+    read_caption,
+    read_pictures,
+    read_tracks,
+)
+from kit.data.fields import IndexedShard
+from kit.data.shards import Shards
+from kit.data.windows import WindowPlan, plan_windows
+from kit.data.writer import index_tar, write_index, write_shard
+from kit.errors import InputError
+from kit.reference import followed_by_grey
+from kit.speech import speech_windows
+
+SILENCE_SAMPLES = 3200
+"""Length of the silence that shows how wide speech features are: 0.2 s at 16 kHz."""
+
+
+class ClipEncoders(Protocol):
+    """The frozen networks that clips need; `kit.models.base.Encoders` is one."""
+
+    def encode_video(self, pixels: Tensor) -> Tensor:
+        """Turn pixels, -1 to 1, [B, 3, T, height, width], into latents [B, C, F, H, W]."""
+
+    def encode_text(self, texts: list[str]) -> list[Tensor]:
+        """Turn each text into its states. [L, D] each."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Turn pictures, -1 to 1, [B, 3, height, width], into tokens [B, K, D]."""
+
+    def encode_speech(self, waveform: Tensor) -> Tensor:
+        """Turn tracks at 16 kHz, [S, samples], into features [S, T, M, D]."""
+
+
+class ClipEncoder:
+    """Encodes parts of clips, each rounded to the dtype that encoded shards store.
+
+    Raw and encoded shards both pass through here, so they give the same batches bit for bit.
+
+    Args:
+        encoders: the frozen networks.
+        dtype: what features are rounded to.
+        negative_text: caption of samples whose text is dropped.
+    """
+
+    def __init__(self, encoders: ClipEncoders, dtype: torch.dtype, negative_text: str) -> None:
+        self.encoders = encoders
+        self.dtype = dtype
+        self.negative_text = negative_text
+        self._texts: dict[str, Tensor] = {}
+
+    def latents(self, pixels: np.ndarray) -> Tensor:
+        """Encode a window. uint8 [T, height, width, 3] -> [C, F, H, W]."""
+        return self._kept(self.encoders.encode_video(to_video(pixels)[None])[0])
+
+    def reference(self, picture: np.ndarray, num_frames: int) -> Tensor:
+        """Encode a frame with grey behind it. uint8 [height, width, 3] -> [C, F, H, W]."""
+        frame = to_video(picture[None])[:, 0]
+        return self._kept(self.encoders.encode_video(followed_by_grey(frame, num_frames)[None])[0])
+
+    def image(self, picture: np.ndarray) -> Tensor:
+        """Encode a reference frame as an image. uint8 [height, width, 3] -> [K, D]."""
+        return self._kept(self.encoders.encode_image(to_video(picture[None])[:, 0][None])[0])
+
+    def speech(self, tracks: Tensor) -> Tensor:
+        """Encode a clip's speech; an image, without tracks, gets zeros. [S, T, M, D]."""
+        if len(tracks):
+            return self._kept(self.encoders.encode_speech(tracks))
+        silence = self.encoders.encode_speech(torch.zeros(1, SILENCE_SAMPLES))
+        return self._kept(torch.zeros_like(silence[:, :1]))
+
+    def text(self, caption: str) -> Tensor:
+        """Encode a caption, remembering the result. [L, D]."""
+        if caption not in self._texts:
+            self._texts[caption] = self._kept(self.encoders.encode_text([caption])[0])
+        return self._texts[caption]
+
+    def sample(self, raw: RawSample, frame_stride: int) -> Sample:
+        """Encode one draw from raw shards."""
+        num_frames = len(raw.pixels)
+        return Sample(
+            key=raw.key,
+            epoch=raw.epoch,
+            index=raw.index,
+            latents=self.latents(raw.pixels).float(),
+            reference=self.reference(raw.reference, num_frames).float(),
+            image=self.image(raw.reference).float(),
+            text=self.text(raw.caption).float(),
+            null_text=self.text(self.negative_text).float(),
+            audio=speech_windows(self.speech(raw.tracks).float(), raw.start, num_frames),
+            speaker_masks=raw.speaker_masks,
+            num_context=num_context(raw.num_context_frames, frame_stride),
+        )
+
+    def _kept(self, features: Tensor) -> Tensor:
+        return features.to("cpu", self.dtype).contiguous()
+
+
+def to_video(pictures: np.ndarray) -> Tensor:
+    """Turn 0 to 255, uint8 [T, height, width, 3], into -1 to 1, float32 [3, T, height, width]."""
+    return torch.from_numpy(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def encode_shards(
+    source: Path,
+    out: Path,
+    encoder: ClipEncoder,
+    plan: WindowPlan,
+    settings: dict[str, str | int | float],
+    report: Callable[[str], None],
+) -> None:
+    """Encode every window of every clip of raw shards, shard by shard.
+
+    A run that was stopped goes on behind the last shard that it finished.
+
+    Args:
+        source: folder of raw shards.
+        out: folder for the encoded ones.
+        encoder: makes the features.
+        plan: which windows and references to encode.
+        settings: what the features depend on; kept in the index and compared when resuming.
+        report: told after each shard.
+
+    Raises:
+        InputError: source holds no raw shards, or out was begun with other settings.
+    """
+    shards = Shards(source)
+    if shards.kind != "raw":
+        raise InputError(f"{source}: these shards are encoded already; give the raw ones")
+    out.mkdir(parents=True, exist_ok=True)
+    _keep_settings(out / "settings.json", settings)
+    finished: list[IndexedShard] = []
+    for number, samples in enumerate(shards.by_file()):
+        target = out / f"shard-{number:06d}.tar"
+        if not target.exists():
+            write_shard(target, (_encoded(shards, sample, encoder, plan) for sample in samples))
+        finished.append(index_tar(target))
+        report(f"{target}: {len(samples)} clips encoded")
+    write_index(out, "encoded", settings, finished)
+
+
+def _encoded(
+    shards: Shards, number: int, encoder: ClipEncoder, plan: WindowPlan
+) -> tuple[str, dict[str, bytes]]:
+    texts = {
+        "text": encoder.text(read_caption(shards, number)),
+        "null_text": encoder.text(encoder.negative_text),
+    }
+    speech = {"speech": encoder.speech(read_tracks(shards, number))}
+    copied = [m for m in shards.members(number) if m in ("json", "txt") or m.startswith("speaker")]
+    members = {member: shards.read(number, member) for member in copied}
+    members["text.safetensors"] = save(texts)
+    members["speech.safetensors"] = save(speech)
+    for place, features in enumerate(_windows(shards, number, encoder, plan)):
+        members[f"window{place}.safetensors"] = save(features)
+    return shards.key(number), members
+
+
+def _windows(
+    shards: Shards, number: int, encoder: ClipEncoder, plan: WindowPlan
+) -> Iterator[dict[str, Tensor]]:
+    key, num_frames = shards.key(number), shards.meta(number)["num_frames"]
+    for window in plan_windows(key, num_frames, plan):
+        frames = range(window.start, window.start + window.num_frames)
+        pictures = read_pictures(shards, number, [*frames, *window.references])
+        references = pictures[window.num_frames :]
+        features = {"latents": encoder.latents(pictures[: window.num_frames])}
+        for place, picture in enumerate(references):
+            features[f"reference.{place}"] = encoder.reference(picture, window.num_frames)
+            features[f"image.{place}"] = encoder.image(picture)
+        yield features
+
+
+def _keep_settings(path: Path, settings: dict[str, str | int | float]) -> None:
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise InputError(
+            f"{path.parent}: encoding was begun with other settings; "
+            "give another folder or remove this one"
+        )
+    path.write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,105 @@
+"""What a shard's sample holds, member by member; `data/README.md` tells the same to people."""
+
+from typing import Literal
+
+# pydantic checks the index, and needs this one before Python 3.12.
+from typing_extensions import TypedDict
+
+INDEX_NAME = "index.json"
+INDEX_FORMAT = "charakit-shards"
+INDEX_VERSION = 1
+
+ShardKind = Literal["raw", "encoded"]
+MediaKind = Literal["video", "image"]
+
+SAMPLE_RATE = 16_000
+"""Samples per second of all speech in shards."""
+
+
+class Meta(TypedDict):
+    """The `json` member of a sample, repeated in the index.
+
+    Attributes:
+        kind: `video` or `image`.
+        num_frames: video frames, 4n + 1; 1 for an image.
+        height: rows of the stored pictures.
+        width: columns of the stored pictures.
+        fps: frames per second of the stored video.
+        num_speakers: channels of the `wav` member; 0 for an image.
+        num_masks: how many `speaker{i}.png` members there are.
+        has_caption: False where `txt` is empty because no caption was given.
+        source: file name without its folder.
+        start_seconds: where the clip begins in its source.
+        loudness: loudness of each track before it was brought to -23 LUFS; None where silent.
+    """
+
+    kind: MediaKind
+    num_frames: int
+    height: int
+    width: int
+    fps: int
+    num_speakers: int
+    num_masks: int
+    has_caption: bool
+    source: str
+    start_seconds: float
+    loudness: list[float | None]
+
+
+class IndexedSample(TypedDict):
+    """One sample in the index: where each member's bytes lie in the tar.
+
+    Attributes:
+        key: name of the sample.
+        meta: the `json` member.
+        members: extension to (offset, size) in bytes.
+    """
+
+    key: str
+    meta: Meta
+    members: dict[str, tuple[int, int]]
+
+
+class IndexedShard(TypedDict):
+    """One tar file in the index: its name, its size in bytes and its samples."""
+
+    file: str
+    bytes: int
+    samples: list[IndexedSample]
+
+
+class Index(TypedDict):
+    """`index.json`, beside the shards.
+
+    Attributes:
+        format: always `charakit-shards`.
+        version: of this layout.
+        kind: `raw` or `encoded`.
+        settings: what an encoded folder was encoded with; empty for raw.
+        shards: the tar files in order.
+    """
+
+    format: str
+    version: int
+    kind: ShardKind
+    settings: dict[str, str | int | float]
+    shards: list[IndexedShard]
+
+
+RAW_MEMBERS = {
+    "json": "facts about the clip, see Meta",
+    "txt": "caption, UTF-8, may be empty",
+    "mp4": "video: H.264 at the index's fps, height x width, no sound",
+    "png": "image: RGB, in place of mp4",
+    "wav": "speech: 32-bit float, 16 kHz, one channel for each speaker, as long as the video",
+    "speaker0.png": "mask of the first speaker: 8-bit grey, 255 inside, at the video's size",
+}
+
+ENCODED_MEMBERS = {
+    "json": "as in the raw shard",
+    "txt": "as in the raw shard",
+    "text.safetensors": "text [L, D] and null_text [L', D], real rows only",
+    "speech.safetensors": "speech [S, T, M, D] of the whole clip; zeros [1, 1, M, D] for images",
+    "window0.safetensors": "latents [C, F, H, W], reference.k [C, F, H, W], image.k [K, D]",
+    "speaker0.png": "as in the raw shard",
+}

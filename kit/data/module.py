@@ -1,0 +1,204 @@
+"""The data of a run: shards, raw or encoded, to batches on the training device."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from pydantic import Field
+
+from kit.batch import Batch, collate
+from kit.data.clips import EncodedClips, RawClips, Selection
+from kit.data.encode import ClipEncoder, ClipEncoders
+from kit.data.loader import ResumableLoader
+from kit.data.order import Order
+from kit.data.shards import Shards
+from kit.data.windows import ReferenceStrategy, WindowPlan, plan_windows
+from kit.errors import InputError
+
+FeatureDtype = Literal["float32", "float16", "bfloat16"]
+
+
+class ShardData(LightningDataModule):
+    """Windows of character clips from a folder of shards.
+
+    Args:
+        frame_stride: video frames in a latent frame of the base.
+        pixel_stride: pixels in a latent position of the base.
+        fps: frames per second of the base.
+        fingerprint: of the base's encoders.
+        path: folder that `kit prepare` wrote, raw or encoded.
+        batch_size: windows in a batch.
+        window_frames: video frames in a window, 4n + 1; Wan was trained on 81.
+        windows_per_clip: windows of a clip at most, spread evenly.
+        references: where reference frames come from; `m3`, near but outside, is InfiniteTalk's.
+        references_per_window: reference frames to choose from, beside the window's first.
+        first_chunk: share of samples that train the first chunk of a video, 0 to 1.
+        context_frames: clean frames of all other samples, 4n + 1.
+        feature_dtype: what features are rounded to, and stored as when encoded.
+        negative_text: what takes the place of a dropped caption.
+        num_workers: loader processes.
+    """
+
+    def __init__(
+        self,
+        frame_stride: int,
+        pixel_stride: int,
+        fps: int,
+        fingerprint: str,
+        *,
+        path: str,
+        batch_size: Annotated[int, Field(ge=1)] = 1,
+        window_frames: Annotated[int, Field(ge=5)] = 81,
+        windows_per_clip: Annotated[int, Field(ge=1)] = 4,
+        references: ReferenceStrategy = "m3",
+        references_per_window: Annotated[int, Field(ge=1)] = 2,
+        first_chunk: Annotated[float, Field(ge=0, le=1)] = 0.2,
+        context_frames: Annotated[int, Field(ge=1)] = 9,
+        feature_dtype: FeatureDtype = "float32",
+        negative_text: str = "",
+        num_workers: Annotated[int, Field(ge=0)] = 2,
+    ) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.fingerprint = fingerprint
+        self.batch_size = batch_size
+        self.plan = WindowPlan(
+            window_frames, windows_per_clip, references, references_per_window, fps
+        )
+        self.first_chunk = first_chunk
+        self.context_frames = context_frames
+        self.feature_dtype = feature_dtype
+        self.negative_text = negative_text
+        self.num_workers = num_workers
+        self.frame_stride = frame_stride
+        self.pixel_stride = pixel_stride
+
+    @property
+    def settings(self) -> dict[str, str | int | float]:
+        """Name everything that encoded features depend on."""
+        return {
+            "base": self.fingerprint,
+            "window_frames": self.plan.window_frames,
+            "windows_per_clip": self.plan.windows_per_clip,
+            "references": self.plan.references,
+            "references_per_window": self.plan.references_per_window,
+            "fps": self.plan.fps,
+            "feature_dtype": self.feature_dtype,
+            "negative_text": self.negative_text,
+        }
+
+    def problems(self) -> list[str]:
+        """List what is wrong with the options or the shards, in words."""
+        found = [
+            f"data.{name}: {value} is not 4n + 1 frames"
+            for name, value in (
+                ("window_frames", self.plan.window_frames),
+                ("context_frames", self.context_frames),
+            )
+            if value % self.frame_stride != 1
+        ]
+        if self.context_frames >= self.plan.window_frames:
+            found.append(
+                f"data.context_frames: {self.context_frames} leave nothing to learn of a window "
+                f"of {self.plan.window_frames} frames"
+            )
+        try:
+            shards = Shards(self.path)
+        except InputError as error:
+            return [*found, f"data.path: {error}"]
+        return [*found, *self._unfit(shards)]
+
+    def _unfit(self, shards: Shards) -> list[str]:
+        if shards.kind == "encoded" and shards.settings != self.settings:
+            return [
+                f"data.{name}: the shards were encoded with {shards.settings.get(name)!r}, the "
+                f"recipe says {value!r}; encode them again or change the recipe"
+                for name, value in self.settings.items()
+                if shards.settings.get(name) != value
+            ]
+        metas = [(shards.key(i), shards.meta(i)) for i in range(len(shards))]
+        short = [k for k, m in metas if 1 < m["num_frames"] < self.plan.window_frames]
+        slow = [k for k, m in metas if m["fps"] != self.plan.fps]
+        return [
+            f"{place}: {len(keys)} clips {what}, such as {keys[0]}; prepare them again"
+            for place, keys, what in (
+                ("data.window_frames", short, "are shorter than a window"),
+                ("data.path", slow, f"are not at {self.plan.fps} frames per second"),
+            )
+            if keys
+        ]
+
+    def notes(self) -> list[str]:
+        """List what is worth knowing before a run, in words; the shards are known to be fit."""
+        shards = Shards(self.path)
+        windows = [
+            window
+            for number in range(len(shards))
+            for window in plan_windows(
+                shards.key(number), shards.meta(number)["num_frames"], self.plan
+            )
+        ]
+        missing = sum(not window.has_strategy_frames for window in windows)
+        lines = [f"{len(shards)} clips ({shards.kind}), {len(windows)} windows"]
+        if missing:
+            lines.append(
+                f"{missing} windows lie in clips too short for references '{self.plan.references}' "
+                "and take their first or last frame"
+            )
+        return lines
+
+    def prepare_run(
+        self,
+        load_encoders: Callable[[], ClipEncoders],
+        seed: int,
+        num_batches: int,
+        place: tuple[int, int],
+    ) -> None:
+        """Open the shards for a run.
+
+        Args:
+            load_encoders: called once if the shards are raw.
+            seed: of the run.
+            num_batches: batches that one process will use.
+            place: (rank, world) of this process.
+        """
+        shards = Shards(self.path)
+        selection = Selection(
+            self.plan,
+            self.first_chunk,
+            self.context_frames,
+            seed,
+            self.frame_stride,
+            self.pixel_stride,
+        )
+        is_raw = shards.kind == "raw"
+        self.encoder = self.clip_encoder(load_encoders()) if is_raw else None
+        clips = RawClips(shards, selection) if is_raw else EncodedClips(shards, selection)
+        order = Order([self._bucket(shards, i) for i in range(len(shards))], self.batch_size, seed)
+        self.loader = ResumableLoader(
+            clips, order, num_batches, *place, self.num_workers, list if is_raw else collate
+        )
+
+    def clip_encoder(self, encoders: ClipEncoders) -> ClipEncoder:
+        """Make the encoder that raw batches and encoded shards share."""
+        return ClipEncoder(encoders, getattr(torch, self.feature_dtype), self.negative_text)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Give Lightning the run's one loader."""
+        return self.loader
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Encode raw samples where the encoders are, and move the batch."""
+        if self.encoder is not None:
+            batch = collate([self.encoder.sample(raw, self.frame_stride) for raw in batch])
+        assert isinstance(batch, Batch)
+        return batch.to(device)
+
+    def _bucket(self, shards: Shards, number: int) -> tuple[int, int, int]:
+        meta = shards.meta(number)
+        num_frames = 1 if meta["kind"] == "image" else self.plan.window_frames
+        return num_frames, meta["height"], meta["width"]

@@ -1,0 +1,131 @@
+"""From a folder of media to raw shards: resample, cut, resize, level the sound, and account for it.
+
+Run: kit prepare my_clips shards/my_clips
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kit.data.buckets import parse_buckets
+from kit.data.census import Census, Dropped, KeptClip
+from kit.data.contact_sheet import ContactSheet
+from kit.data.cutting import Clip, Cutting, cut_still, cut_video
+from kit.data.fields import INDEX_NAME
+from kit.data.sources import Source, find_sources
+from kit.data.writer import ShardWriter
+from kit.errors import InputError
+
+_OURS = re.compile(r"shard-\d{6}\.tar(\.partial)?|index\.json(\.partial)?|census\.(json|png)")
+_UNSAFE = re.compile(r"[^0-9A-Za-z_-]+")
+
+
+def prepare(
+    source: Path,
+    out: Path,
+    *,
+    buckets: str | Sequence[str],
+    window_frames: int = 81,
+    clip_seconds: float = 15.0,
+    sequence_fps: float = 25.0,
+    fps: int = 25,
+    samples_per_shard: int = 64,
+    overwrite: bool = False,
+    report: Callable[[str], None],
+) -> Census:
+    """Turn media into raw shards with an index, `census.json` and `census.png`.
+
+    Args:
+        source: folder, searched with all below it, or one file.
+        out: new or empty folder, or one that an earlier `prepare` did not finish.
+        buckets: `480`, `720` or a list of HEIGHTxWIDTH.
+        window_frames: shorter clips are dropped, 4n + 1.
+        clip_seconds: longer sources are cut into equal clips of at most this length.
+        sequence_fps: rate of folders of numbered pictures.
+        fps: rate of the clips.
+        samples_per_shard: clips in one tar file.
+        overwrite: remove shards that an earlier `prepare` wrote to `out`; nothing else.
+        report: is given each line to show.
+
+    Raises:
+        InputError: a setting is unfit, the source holds no media, `out` is in use, or every
+            file had to be dropped.
+    """
+    cutting = Cutting(parse_buckets(buckets), window_frames, clip_seconds, sequence_fps, fps)
+    _check(cutting)
+    sources = find_sources(source, leave_out=out)
+    _make_room(out, overwrite)
+    census, sheet = Census(), ContactSheet()
+    with ShardWriter(out, "raw", max_samples=samples_per_shard) as writer:
+        for item in sources:
+            _take(item, cutting, writer, census, sheet)
+        if not census.kept:
+            reasons = "\n".join(dropped.reason for dropped in census.dropped)
+            raise InputError(f"{source}: nothing can be used\n{reasons}")
+        census.write(out)
+        sheet.save(out)
+    for line in census.lines():
+        report(line)
+    return census
+
+
+def _check(cutting: Cutting) -> None:
+    if cutting.window_frames < 1 or cutting.window_frames % 4 != 1:
+        raise InputError(f"window_frames: {cutting.window_frames} is not 4n + 1, such as 81")
+    if cutting.sequence_fps <= 0:
+        raise InputError(f"sequence_fps: {cutting.sequence_fps} must be above 0")
+    window_seconds = cutting.window_frames / cutting.fps
+    if cutting.clip_seconds < window_seconds:
+        raise InputError(
+            f"clip_seconds: {cutting.clip_seconds} is shorter than a window of "
+            f"{cutting.window_frames} frames ({window_seconds:.2f} s)"
+        )
+
+
+def _make_room(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file; give a folder")
+    ours = [path for path in out.iterdir() if _OURS.fullmatch(path.name)]
+    others = sorted({path.name for path in out.iterdir()} - {path.name for path in ours})
+    if others and not overwrite:
+        raise InputError(f"{out} holds other files, such as '{others[0]}'; give an empty folder")
+    if (out / INDEX_NAME).exists() and not overwrite:
+        raise InputError(f"{out} already holds shards; give another folder, or overwrite them")
+    for path in ours:
+        path.unlink()
+
+
+def _take(
+    source: Source, cutting: Cutting, writer: ShardWriter, census: Census, sheet: ContactSheet
+) -> None:
+    """Write the clips of one source; whatever is wrong with it drops it and nothing else."""
+    name = str(source.path)
+    try:
+        clips = cut_still if source.kind == "image" else cut_video
+        for clip in clips(source, cutting, census):
+            key = f"{len(census.kept):06d}-{_UNSAFE.sub('_', source.beside('').name)[:48]}"
+            members = clip.members | {"json": json.dumps(clip.meta).encode()}
+            writer.write(key, members)
+            census.num_bytes += sum(map(len, members.values()))
+            census.kept.append(_kept(key, name, clip))
+            start = clip.meta["start_seconds"]
+            sheet.add(f"{source.path.name}  {start:.1f} s", clip.thumbs, clip.tracks)
+    except InputError as error:
+        census.dropped.append(Dropped(name, str(error)))
+
+
+def _kept(key: str, name: str, clip: Clip) -> KeptClip:
+    meta = clip.meta
+    seconds = meta["num_frames"] / meta["fps"] if meta["kind"] == "video" else 0.0
+    return KeptClip(
+        key=key,
+        source=name,
+        start_seconds=meta["start_seconds"],
+        seconds=seconds,
+        speech_seconds=seconds * meta["num_speakers"],
+        height=meta["height"],
+        width=meta["width"],
+    )

@@ -1,0 +1,84 @@
+"""Classifier-free guidance over text and audio.
+
+Branches: `full` has text and audio, `no_text` the negative text and audio, `no_audio` text and
+silent audio, `none` the negative text and silent audio.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kit.batch import Conditions
+
+Branches = Mapping[str, Conditions]
+
+
+def drop_text(conditions: Conditions, null_text: Tensor) -> Conditions:
+    """Put the negative prompt's states in the place of the text. null_text: [B, L, D]."""
+    return replace(conditions, text=pad_text(null_text, conditions.text.shape[1]))
+
+
+def pad_text(text: Tensor, length: int) -> Tensor:
+    """Append zero rows up to a length; longer text stays as it is. [B, L, D]."""
+    missing = max(length - text.shape[1], 0)
+    return torch.nn.functional.pad(text, (0, 0, 0, missing))
+
+
+def drop_audio(conditions: Conditions) -> Conditions:
+    """Put one silent stream in the place of all speakers.
+
+    Zero features are not a zero condition: the audio projector has biases.
+
+    Source: InfiniteTalk runs its branches without audio on a single zero stream.
+    """
+    return replace(
+        conditions,
+        audio=torch.zeros_like(conditions.audio),
+        num_speakers=torch.ones_like(conditions.num_speakers),
+    )
+
+
+def branches(
+    conditions: Conditions, null_text: Tensor, text_scale: float, audio_scale: float
+) -> dict[str, Conditions]:
+    """Name the evaluations that these scales need: one, two or three; a scale of 1 costs none.
+
+    Args:
+        conditions: the full conditions.
+        null_text: states of the negative prompt. [B, L, D]
+        text_scale: how far to go from the negative prompt to the text; 1 is off.
+        audio_scale: how far to go from silence to the audio; 1 is off.
+    """
+    length = max(conditions.text.shape[1], null_text.shape[1])
+    full = replace(conditions, text=pad_text(conditions.text, length))
+    chosen = {"full": full}
+    if _is_off(text_scale):
+        if not _is_off(audio_scale):
+            chosen["no_audio"] = drop_audio(full)
+        return chosen
+    chosen["no_text"] = drop_text(full, null_text)
+    chosen["none"] = drop_audio(chosen["no_text"])
+    return chosen
+
+
+def combine(velocities: Mapping[str, Tensor], text_scale: float, audio_scale: float) -> Tensor:
+    """Combine the velocities of `branches` into one.
+
+    Source: InfiniteTalk: v = u + gt (c - dt) + ga (dt - u), and v = da + ga (c - da) where the
+    text scale is 1; c full, dt no_text, da no_audio, u none.
+    """
+    full = velocities["full"]
+    if "none" in velocities:
+        no_text, none = velocities["no_text"], velocities["none"]
+        return none + text_scale * (full - no_text) + audio_scale * (no_text - none)
+    if "no_audio" in velocities:
+        no_audio = velocities["no_audio"]
+        return no_audio + audio_scale * (full - no_audio)
+    return full
+
+
+def _is_off(scale: float) -> bool:
+    return math.isclose(scale, 1.0)

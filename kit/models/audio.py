@@ -1,0 +1,217 @@
+"""The audio parts of the denoiser: projector, cross-attention, and telling speakers apart.
+
+K audio tokens for each latent frame and speaker, n video tokens in a latent frame, N = F * n.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.normalization import FP32LayerNorm
+from torch import Tensor, nn
+
+from kit.batch import AUDIO_WINDOW
+from kit.errors import InputError
+from kit.models.attention import attend, rotate, rotation, split_heads
+
+MAX_SPEAKERS = 6
+BAND_WIDTH = 4
+BACKGROUND_POSITION = 12
+
+
+@dataclass(frozen=True)
+class AudioSizes:
+    """Sizes of the audio parts; the defaults are those of the public 14B weights.
+
+    Attributes:
+        num_layers: layers of the speech encoder whose outputs are stacked.
+        audio_dim: width of the speech encoder.
+        intermediate_dim: width inside the projector.
+        output_dim: width of an audio token.
+        context_tokens: audio tokens for each latent frame and speaker.
+    """
+
+    num_layers: int = 12
+    audio_dim: int = 768
+    intermediate_dim: int = 512
+    output_dim: int = 768
+    context_tokens: int = 32
+
+
+class Speakers(NamedTuple):
+    """What all blocks need to tell speakers apart.
+
+    Attributes:
+        regions: a speaker's share of each token of a frame, every row with sum 1; the last row is
+            the background. A row of zeros is a region without tokens. [B, S + 1, n]
+        active: False for slots that only pad the batch. [B, S]
+        band_starts: lowest position of each speaker. [B, S]
+        is_one_of_several: False where a sample has a single speaker. [B, 1]
+    """
+
+    regions: Tensor
+    active: Tensor
+    band_starts: Tensor
+    is_one_of_several: Tensor
+
+
+class Positions(NamedTuple):
+    """Rotary positions of one block's audio cross-attention; equal positions mean no rotation.
+
+    Attributes:
+        query: of each video token, continuous. [B, N]
+        key: of each speaker's audio tokens. [B, S]
+        active: False for slots that only pad the batch. [B, S]
+    """
+
+    query: Tensor
+    key: Tensor
+    active: Tensor
+
+
+class AudioProjector(nn.Module):
+    """Turn windows of speech features into audio tokens for each latent frame.
+
+    The first latent frame is one video frame and sees its whole window of five. Each later one
+    covers four video frames and sees the eight speech frames from two before to two after them.
+    """
+
+    def __init__(self, sizes: AudioSizes) -> None:
+        super().__init__()
+        frame_dim = sizes.num_layers * sizes.audio_dim
+        self.context_tokens = sizes.context_tokens
+        self.proj1 = nn.Linear(AUDIO_WINDOW * frame_dim, sizes.intermediate_dim)
+        self.proj1_vf = nn.Linear(8 * frame_dim, sizes.intermediate_dim)
+        self.proj2 = nn.Linear(sizes.intermediate_dim, sizes.intermediate_dim)
+        self.proj3 = nn.Linear(sizes.intermediate_dim, sizes.context_tokens * sizes.output_dim)
+        self.norm = FP32LayerNorm(sizes.output_dim, eps=1e-5)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """Project features [B, S, T, 5, M, D] to tokens [B, S, F, K, output_dim]."""
+        first, later = audio[:, :, :1], audio[:, :, 1:]
+        groups = later.reshape(*later.shape[:2], later.shape[2] // 4, 4, *later.shape[3:])
+        before, middle, after = groups[:, :, :, 0], groups[:, :, :, 1:3, 2], groups[:, :, :, 3]
+        spans = torch.cat([before[:, :, :, :3], middle, after[:, :, :, 2:]], dim=3)
+        hidden = torch.cat([self.proj1(first.flatten(3)), self.proj1_vf(spans.flatten(3))], dim=2)
+        tokens = self.proj3(F.relu(self.proj2(F.relu(hidden))))
+        normed: Tensor = self.norm(tokens.reshape(*tokens.shape[:3], self.context_tokens, -1))
+        return normed
+
+
+class AudioCrossAttention(nn.Module):
+    """Let each video token hear the audio tokens of its own latent frame."""
+
+    def __init__(self, dim: int, num_heads: int, audio_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(dim, dim)
+        self.kv_linear = nn.Linear(audio_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, audio: Tensor, positions: Positions | None) -> Tensor:
+        """Attend within each latent frame.
+
+        Args:
+            x: video tokens. [B, N, D]
+            audio: audio tokens. [B, S, F, K, D']
+            positions: None if every sample has a single speaker.
+        """
+        num_frames, num_tokens = audio.shape[2:4]
+        query = split_heads(self.q_linear(x), self.num_heads)  # [B, N, h, d]
+        by_frame = audio.transpose(1, 2).flatten(2, 3)  # [B, F, S * K, D']
+        key, value = (
+            split_heads(half, self.num_heads) for half in self.kv_linear(by_frame).chunk(2, dim=-1)
+        )  # [B, F, S * K, h, d]
+        mask = None
+        if positions is not None:
+            dim = query.shape[-1]
+            query = rotate(query, rotation(positions.query, dim))
+            key_positions = positions.key.repeat_interleave(num_tokens, dim=1)
+            key = rotate(key, rotation(key_positions[:, None], dim))
+            mask = positions.active.repeat_interleave(num_tokens, dim=1)
+            mask = mask.repeat_interleave(num_frames, dim=0)[:, None, None]  # [B * F, 1, 1, S * K]
+        query = query.reshape(len(x) * num_frames, -1, *query.shape[2:])  # [B * F, n, h, d]
+        heard = attend(query, key.flatten(0, 1), value.flatten(0, 1), mask)
+        spoken: Tensor = self.proj(heard.reshape(x.shape))
+        return spoken
+
+
+def describe_speakers(masks: Tensor, num_speakers: Tensor, grid: tuple[int, int]) -> Speakers:
+    """Bring speaker masks [B, S, H, W] to the token grid and lay out the speakers' positions."""
+    slots = torch.arange(masks.shape[1], device=masks.device)
+    active = slots < num_speakers[:, None]
+    inside = F.interpolate(masks.float(), size=grid, mode="nearest").flatten(2) > 0  # [B, S, n]
+    inside = inside & active[..., None]
+    rows = torch.cat([inside, ~inside.any(dim=1, keepdim=True)], dim=1).float()
+    regions = rows / rows.sum(dim=-1, keepdim=True).clamp_min(1)
+    several = num_speakers[:, None] > 1
+    return Speakers(regions, active, band_starts(num_speakers, slots), several)
+
+
+def band_starts(num_speakers: Tensor, slots: Tensor) -> Tensor:
+    """Say where each speaker's band of positions begins: at 0 and 20 for two speakers. [B, S]
+
+    More than two speakers have bands side by side. Source: InfiniteTalk, for two; its branch for
+    ComfyUI, for more.
+    """
+    return torch.where(num_speakers[:, None] == 2, 20 * slots, BAND_WIDTH * slots)
+
+
+@torch.no_grad()
+def speaker_positions(query: Tensor, key: Tensor, speakers: Speakers) -> Positions:
+    """Place each video token near the speaker to whose region it attends most.
+
+    Args:
+        query: rotated queries of the block's self-attention. [B, N, h, d]
+        key: its rotated keys. [B, N, h, d]
+        speakers: regions and bands.
+    """
+    scores = region_scores(query, key, speakers.regions)  # [B, S + 1, N]
+    low, high = scores[:, :-1].aminmax(dim=-1, keepdim=True)
+    in_band = BAND_WIDTH * (scores[:, :-1] - low) / (high - low + 1e-8)
+    candidates = in_band + speakers.band_starts[..., None]
+    candidates = F.pad(candidates, (0, 0, 0, 1), value=BACKGROUND_POSITION)
+    nearest = candidates.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
+    centres = speakers.band_starts + BAND_WIDTH / 2
+    several = speakers.is_one_of_several
+    return Positions(nearest * several, centres * several, speakers.active)
+
+
+def region_scores(query: Tensor, key: Tensor, regions: Tensor) -> Tensor:
+    """Measure in float32 how much each token attends to each region of the first latent frame.
+
+    It is an attention whose values are the regions, so the kernel never holds all probabilities.
+
+    Returns:
+        Mean over heads of the probability on a region's tokens. [B, S + 1, N]
+    """
+    num_regions, num_keys = regions.shape[1:]
+    heads, dim = query.shape[2:]
+    # Values are as wide as keys because fast kernels ask for it.
+    values = F.pad(regions.transpose(1, 2), (0, max(dim - num_regions, 0)))
+    values = values[:, :, None].expand(-1, -1, heads, -1)
+    with torch.autocast(query.device.type, enabled=False):
+        mixed = attend(query.float(), key[:, :num_keys].float(), values.float())
+    return split_heads(mixed, heads).mean(dim=2)[..., :num_regions].transpose(1, 2)
+
+
+def check_speaker_masks(speaker_masks: Tensor, place: str) -> None:
+    """Refuse masks [S, H, W], at latent size, that cannot tell several speakers apart.
+
+    Raises:
+        InputError: a speaker's mask holds no token, or there are too many speakers.
+    """
+    count, height, width = speaker_masks.shape
+    if count > MAX_SPEAKERS:
+        raise InputError(f"{place}: {count} speakers; at most {MAX_SPEAKERS} can be told apart")
+    if count == 1:
+        return
+    grid = (height // 2, width // 2)
+    tokens = F.interpolate(speaker_masks[None].float(), size=grid, mode="nearest")[0] > 0
+    empty = [str(number) for number, mask in enumerate(tokens, start=1) if not mask.any()]
+    if empty:
+        raise InputError(
+            f"{place}: the mask of speaker {', '.join(empty)} is empty; each of {count} speakers "
+            f"needs a place inside the picture, at least 16x16 pixels large"
+        )

@@ -1,0 +1,126 @@
+"""What the rest of the kit knows of a base model: a denoiser, frozen encoders, and sizes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kit.batch import Conditions
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that data, training and sampling must agree on.
+
+    Attributes:
+        fps: video frames per second that the base was trained on.
+        frame_stride: video frames in one latent frame, after the first.
+        pixel_stride: pixels in one latent position, each way.
+        size_multiple: picture height and width are multiples of it, in pixels.
+        latent_channels: channels of the latents.
+    """
+
+    fps: int = 25
+    frame_stride: int = 4
+    pixel_stride: int = 8
+    size_multiple: int = 16
+    latent_channels: int = 16
+
+    def num_latent_frames(self, num_frames: int) -> int:
+        """Count the latent frames of a clip; num_frames is 4n + 1."""
+        return 1 + (num_frames - 1) // self.frame_stride
+
+
+class Denoiser(nn.Module, ABC):
+    """A network that predicts velocity from noisy latents: the seat of every base's DiT."""
+
+    @abstractmethod
+    def forward(self, noisy: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        """Predict noise - latents.
+
+        Args:
+            noisy: latents mixed with noise. [B, C, F, H, W]
+            sigma: noise level of each video, 0 to 1; its embedding is 1000 * sigma. [B]
+            conditions: everything else.
+
+        Returns:
+            Velocity in float32. [B, C, F, H, W]
+        """
+
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """List the repeated blocks: the units to shard, checkpoint, offload or wrap."""
+
+    @abstractmethod
+    def parts(self) -> Mapping[str, Sequence[str]]:
+        """Name the linear layers that an adapter can sit on, by part (attention, ffn, audio...)."""
+
+    @abstractmethod
+    def trainable_parts(self) -> Mapping[str, Sequence[str]]:
+        """Name the modules that can be trained fully, by part; all parameters below them count."""
+
+    @abstractmethod
+    def native_name(self, name: str) -> str:
+        """Translate a parameter's or module's name to the public checkpoint's own name."""
+
+    @abstractmethod
+    def checkpoint_activations(self, every: int) -> None:
+        """Recompute every n-th block in the backward pass; 0 keeps all activations."""
+
+
+class Encoders(Protocol):
+    """The frozen networks around the denoiser; all results are float32."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they compute."""
+
+    def encode_video(self, pixels: Tensor) -> Tensor:
+        """Turn pixels, -1 to 1, [B, 3, T, H, W], into normalised latents [B, C, F, h, w]."""
+
+    def decode_video(self, latents: Tensor) -> Tensor:
+        """Turn normalised latents [B, C, F, h, w] into pixels, -1 to 1, [B, 3, T, H, W]."""
+
+    def encode_text(self, texts: Sequence[str]) -> list[Tensor]:
+        """Turn each text into its states, without padding. [L, D] each"""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Turn pictures, -1 to 1, [B, 3, H, W], into image tokens [B, K, D]."""
+
+    def encode_speech(self, waveform: Tensor) -> Tensor:
+        """Turn tracks at 16 kHz, [S, samples], into features at the base's fps. [S, T, M, D]
+
+        T is int(samples / 16000 * fps).
+        """
+
+
+class Base(ABC):
+    """A base model as a recipe names it: knows where its weights lie and builds its parts."""
+
+    @property
+    @abstractmethod
+    def geometry(self) -> Geometry:
+        """Sizes of this base."""
+
+    @abstractmethod
+    def problems(self) -> list[str]:
+        """List what is missing or unfit, in words, without loading any weights."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identify the encoders, so that features of another base are not mistaken for these."""
+
+    @abstractmethod
+    def load_denoiser(self, device: torch.device) -> Denoiser:
+        """Load the frozen denoiser in the base's dtype; a parameter not found is an error."""
+
+    @abstractmethod
+    def load_encoders(self, device: torch.device) -> Encoders:
+        """Load the frozen encoders; each network is read when it is first needed."""
+
+    @abstractmethod
+    def empty_denoiser(self) -> Denoiser:
+        """Build the denoiser on the meta device, for names and sizes."""

@@ -1,0 +1,264 @@
+"""The frozen networks around the denoiser, each read when it is first used.
+
+Every video, text, picture and track is encoded on its own, so that results do not depend on what
+else is in the batch.
+"""
+
+import html
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import ftfy
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPVisionModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    UMT5EncoderModel,
+    Wav2Vec2Model,
+)
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from kit.errors import InputError
+from kit.models.checkpoints import draw_weights
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_RATE = 16_000
+UNREAD_PARAMETERS = {"masked_spec_embed"}
+"""Parameters that only training of the encoder reads, so that files may lack them."""
+
+
+class VideoEncoder:
+    """Wan's video autoencoder with the normalisation of latents that diffusers leaves out."""
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = vae
+        statistics = (vae.config["latents_mean"], vae.config["latents_std"])
+        self._mean, self._std = (
+            torch.tensor(values, device=vae.device).view(-1, 1, 1, 1) for values in statistics
+        )
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode one video, -1 to 1, [3, T, H, W], by the mean of its posterior. [C, F, h, w]"""
+        mean: Tensor = self.vae.encode(pixels[None]).latent_dist.mode()[0]
+        return (mean - self._mean) / self._std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents [C, F, h, w] of one video and clamp to -1 to 1. [3, T, H, W]"""
+        video: Tensor = self.vae.decode((latents * self._std + self._mean)[None]).sample[0]
+        return video.clamp(-1, 1)
+
+
+class TextEncoder:
+    """umT5 and its tokenizer."""
+
+    def __init__(
+        self, network: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> None:
+        self.network = network
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def encode(self, text: str) -> Tensor:
+        """Encode one text; it is cut at the maximum length. [L, D]"""
+        tokens = self.tokenizer(
+            clean_text(text), truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return self.encode_tokens(tokens["input_ids"][0].to(self.network.device))
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Encode token numbers [L]; without padding there is nothing to mask or trim. [L, D]"""
+        states: Tensor = self.network(input_ids=tokens[None]).last_hidden_state[0]
+        return states.float()
+
+
+class ImageEncoder:
+    """CLIP's picture tower up to the last layer but one, which is what Wan was trained on."""
+
+    def __init__(self, network: CLIPVisionModel) -> None:
+        self.network = network
+        mean, std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+        self._mean, self._std = (
+            torch.tensor(values, device=network.device).view(3, 1, 1) for values in (mean, std)
+        )
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode one picture, -1 to 1, [3, H, W], squashed to CLIP's square. [K, D]"""
+        side = cast(int, self.network.config.image_size)
+        square = F.interpolate(pixels[None], (side, side), mode="bicubic", align_corners=False)
+        inputs = (square / 2 + 0.5 - self._mean) / self._std
+        states: Tensor = self.network(inputs, output_hidden_states=True).hidden_states[-2][0]
+        return states
+
+
+class SpeechEncoder:
+    """wav2vec 2.0 run at the frame rate of the video instead of its own 50 Hz.
+
+    Source: InfiniteTalk, which interpolates between the convolutions and the transformer.
+    """
+
+    def __init__(self, network: Wav2Vec2Model, fps: int) -> None:
+        self.network = network
+        self.fps = fps
+
+    def encode(self, waveform: Tensor) -> Tensor:
+        """Encode one track [samples]; the outputs of all M layers are kept. [T, M, D]"""
+        num_frames = int(len(waveform) / SAMPLE_RATE * self.fps)
+        centred = waveform - waveform.mean()
+        scaled = centred / (centred.square().mean() + 1e-7).sqrt()
+        features = self.network.feature_extractor(scaled[None])
+        features = F.interpolate(features, num_frames, mode="linear", align_corners=True)
+        hidden, _ = self.network.feature_projection(features.transpose(1, 2))
+        encoder = self.network.encoder
+        hidden = encoder.layer_norm(hidden + encoder.pos_conv_embed(hidden))
+        layers = []
+        for layer in encoder.layers:
+            hidden = layer(hidden)
+            layers.append(hidden[0])
+        return torch.stack(layers, dim=1)
+
+
+class WanEncoders:
+    """The four encoders of a base folder in diffusers' layout.
+
+    Args:
+        folder: holds vae/, text_encoder/, tokenizer/ and image_encoder/.
+        speech_folder: the speech encoder.
+        device: where they compute.
+        text_dtype: of the text encoder, by far the largest; the others are float32.
+        fps: frames per second of speech features.
+        text_length: text tokens at most.
+        random_weights: seed to draw weights from; None to read them.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        speech_folder: Path,
+        device: torch.device,
+        text_dtype: torch.dtype,
+        fps: int,
+        text_length: int,
+        random_weights: int | None,
+    ) -> None:
+        self.device = device
+        self._folder = folder
+        self._speech_folder = speech_folder
+        self._text_dtype = text_dtype
+        self._fps = fps
+        self._text_length = text_length
+        self._seed = random_weights
+
+    @torch.no_grad()
+    def encode_video(self, pixels: Tensor) -> Tensor:
+        """Encode videos; see `Encoders`."""
+        videos = pixels.to(self.device, torch.float32)
+        return torch.stack([self._video.encode(video) for video in videos])
+
+    @torch.no_grad()
+    def decode_video(self, latents: Tensor) -> Tensor:
+        """Decode videos; see `Encoders`."""
+        videos = latents.to(self.device, torch.float32)
+        return torch.stack([self._video.decode(video) for video in videos])
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> list[Tensor]:
+        """Encode texts; see `Encoders`."""
+        return [self._text.encode(text) for text in texts]
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Encode pictures; see `Encoders`."""
+        pictures = pixels.to(self.device, torch.float32)
+        return torch.stack([self._image.encode(picture) for picture in pictures])
+
+    @torch.no_grad()
+    def encode_speech(self, waveform: Tensor) -> Tensor:
+        """Encode tracks; see `Encoders`."""
+        tracks = waveform.to(self.device, torch.float32)
+        return torch.stack([self._speech.encode(track) for track in tracks])
+
+    def release(self) -> None:
+        """Free all networks; they are read again when needed."""
+        for name in ("_video", "_text", "_image", "_speech"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def _video(self) -> VideoEncoder:
+        return VideoEncoder(self._load(AutoencoderKLWan, self._folder / "vae"))
+
+    @cached_property
+    def _text(self) -> TextEncoder:
+        tokenizer = AutoTokenizer.from_pretrained(self._folder / "tokenizer", local_files_only=True)
+        network = self._load(UMT5EncoderModel, self._folder / "text_encoder", self._text_dtype)
+        return TextEncoder(network, tokenizer, self._text_length)
+
+    @cached_property
+    def _image(self) -> ImageEncoder:
+        return ImageEncoder(self._load(CLIPVisionModel, self._folder / "image_encoder"))
+
+    @cached_property
+    def _speech(self) -> SpeechEncoder:
+        return SpeechEncoder(self._load(Wav2Vec2Model, self._speech_folder), self._fps)
+
+    def _load(self, kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+        logger.info("loading %s from %s", kind.__name__, folder)
+        network: Any
+        if self._seed is None:
+            network = load_network(kind, folder, dtype)
+        else:
+            network = draw_network(kind, folder, self._seed, dtype)
+        return network.to(self.device).eval().requires_grad_(False)
+
+
+def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> ModelMixin | PreTrainedModel:
+    """Load a network, of a class by diffusers or transformers, from safetensors in a folder.
+
+    Raises:
+        InputError: the files lack some of its parameters.
+    """
+    network: ModelMixin | PreTrainedModel
+    network, report = kind.from_pretrained(
+        folder,
+        torch_dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    missing = sorted(set(report["missing_keys"]) - UNREAD_PARAMETERS)
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} tensors missing: {', '.join(missing[:10])}")
+    return network
+
+
+def draw_network(
+    kind: Any, folder: Path, seed: int, dtype: torch.dtype
+) -> ModelMixin | PreTrainedModel:
+    """Build a network from its configuration alone and draw its weights from a seed."""
+    # The constructors draw weights of their own; the caller's random numbers must not notice.
+    with torch.random.fork_rng(devices=[]):
+        if issubclass(kind, ModelMixin):
+            network: ModelMixin | PreTrainedModel = kind.from_config(kind.load_config(folder))
+        else:
+            network = kind(AutoConfig.from_pretrained(folder))
+    draw_weights(network, seed, dtype)
+    return network
+
+
+def clean_text(text: str) -> str:
+    """Repair encoding damage, resolve HTML entities and bring white space to single blanks.
+
+    Source: Wan2.1, which resolves entities twice.
+    """
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())

@@ -1,0 +1,3 @@
+"""Training objectives by the name that a recipe gives them."""
+
+OBJECTIVES = {"flow_matching": "kit.objectives.flow_matching:FlowMatching"}

@@ -1,0 +1,23 @@
+"""How a reference frame is shown to the denoiser: one kept frame, grey ones behind it."""
+
+import torch
+from torch import Tensor
+
+
+def followed_by_grey(frame: Tensor, num_frames: int) -> Tensor:
+    """Put mid-grey frames behind a frame. [3, height, width] -> [3, T, height, width].
+
+    Source: Wan I2V and InfiniteTalk pad the reference in pixels, not with zero latents.
+    """
+    grey = frame.new_zeros(3, num_frames - 1, *frame.shape[1:])
+    return torch.cat([frame[:, None], grey], dim=1)
+
+
+def first_frame_mask(batch: int, num_latent_frames: int) -> Tensor:
+    """Mark the first latent frame as kept, in the channels of all its video frames. [B, 4, F].
+
+    Source: InfiniteTalk marks frame 0 of every chunk, never its context frames.
+    """
+    mask = torch.zeros(batch, 4, num_latent_frames)
+    mask[:, :, 0] = 1
+    return mask

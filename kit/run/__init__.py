@@ -1,0 +1,1 @@
+"""Builds what a recipe names and starts the work: one module for each command."""

@@ -1,0 +1,104 @@
+"""`kit check`: everything that can be known before a run is said before a run."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from kit.data.shards import Shards
+from kit.errors import InputError
+from kit.recipe import Recipe, find_recipe, json_schema, read
+from kit.run.parts import build_fit
+from kit.run.recipes import FIT, SAMPLE, SCHEMAS
+from kit.run.sample import build_sample
+
+
+def check(paths: Sequence[str], overrides: Sequence[str], report: Callable[[str], None]) -> None:
+    """Check recipes and folders of shards; all of them, even if an early one is wrong.
+
+    Args:
+        paths: recipes, or folders that `kit prepare` wrote.
+        overrides: `section.key=value` words, for every recipe.
+        report: told what is right.
+
+    Raises:
+        InputError: lists everything that is wrong.
+    """
+    problems = []
+    for path in paths:
+        try:
+            lines = _shards(Path(path)) if Path(path).is_dir() else _recipe(path, overrides)
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            report(f"{path}: ok")
+            for line in lines:
+                report(f"  {line}")
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def describe(command: str, out: Path | None, report: Callable[[str], None]) -> None:
+    """Write or print the JSON schema of a command's recipes, for editors."""
+    text = json.dumps(json_schema(SCHEMAS[command]), indent=2) + "\n"
+    if out is None:
+        report(text.rstrip())
+    else:
+        out.write_text(text)
+        report(f"{out}: written")
+
+
+def _recipe(path: str, overrides: Sequence[str]) -> list[str]:
+    schema = SAMPLE if _is_sample(path) else FIT
+    recipe = read(path, overrides, schema)
+    return _sample_notes(recipe) if schema is SAMPLE else _fit_notes(recipe)
+
+
+def _fit_notes(recipe: Recipe) -> list[str]:
+    parts = build_fit(recipe)
+    denoiser = parts.base.empty_denoiser()
+    layers = [layer for part in parts.adapter.parts for layer in denoiser.parts()[part]]
+    factors = sum(
+        parts.adapter.rank * sum(denoiser.get_parameter(f"{layer}.weight").shape)
+        for layer in layers
+    )
+    fully = sum(
+        parameter.numel()
+        for part in parts.adapter.train_fully
+        for name in denoiser.trainable_parts()[part]
+        for parameter in denoiser.get_submodule(name).parameters()
+    )
+    total = sum(parameter.numel() for parameter in denoiser.parameters())
+    return [
+        *parts.data.notes(),
+        f"{total:,} parameters frozen, {factors + fully:,} train (factors on {len(layers)} layers)",
+        f"{parts.training.max_steps} steps of "
+        f"{parts.data.batch_size * parts.training.accumulate} windows",
+    ]
+
+
+def _sample_notes(recipe: Recipe) -> list[str]:
+    _, sampler = build_sample(recipe)
+    return [f"{len(sampler.sigmas) - 1} steps a chunk of {sampler.num_frames} frames"]
+
+
+def _is_sample(path: str) -> bool:
+    """Tell the two kinds of recipe apart: only those of `kit fit` have data."""
+    return "data" not in _keys(find_recipe(path))
+
+
+def _keys(path: Path) -> set[str]:
+    try:
+        values = YAML(typ="safe", pure=True).load(path)
+    except YAMLError:
+        return set()  # `read` will say what is wrong with it.
+    keys = set(values or ())
+    parent = path.parent / str(values["extends"]) if "extends" in keys else None
+    return keys | _keys(parent) if parent is not None and parent.is_file() else keys
+
+
+def _shards(folder: Path) -> list[str]:
+    shards = Shards(folder)
+    return [f"{len(shards)} clips ({shards.kind})"]

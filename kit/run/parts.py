@@ -1,0 +1,78 @@
+"""The parts of a fine-tuning run, built from its recipe but not loaded yet."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from kit.adapters.lora import Lora
+from kit.data.buckets import parse_buckets
+from kit.data.module import ShardData
+from kit.errors import InputError
+from kit.models.base import Base
+from kit.objectives.base import Objective
+from kit.recipe import Recipe
+from kit.sampling.pipeline import TalkSampler
+from kit.training.dropout import ConditionDropout
+from kit.training.optim import AdamW
+from kit.training.previews import PreviewSettings
+from kit.training.trainer import Training
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class FitParts:
+    """What a fit recipe names, section by section."""
+
+    base: Base
+    adapter: Lora
+    objective: Objective
+    dropout: ConditionDropout
+    data: ShardData
+    optimizer: AdamW
+    training: Training
+    sampler: TalkSampler
+    preview: PreviewSettings | None
+
+
+def build_fit(recipe: Recipe) -> FitParts:
+    """Build every section of a fit recipe; nothing is read yet but the base's sizes.
+
+    Raises:
+        InputError: lists all that is missing or does not go together.
+    """
+    base: Base = recipe.build("base")
+    _refuse(base.problems())
+    parts = FitParts(
+        base=base,
+        adapter=recipe.build("adapter"),
+        objective=recipe.build("objective"),
+        dropout=recipe.build("dropout"),
+        data=build_data(recipe, base),
+        optimizer=recipe.build("optimizer"),
+        training=recipe.build("trainer"),
+        sampler=recipe.build("sampling"),
+        preview=recipe.build("preview") if "preview" in recipe else None,
+    )
+    parse_buckets(recipe["buckets"])
+    _refuse(
+        [
+            *parts.adapter.problems(base.empty_denoiser()),
+            *parts.data.problems(),
+            *parts.sampler.problems(base.geometry.frame_stride),
+        ]
+    )
+    return parts
+
+
+def build_data(recipe: Recipe, base: Base) -> ShardData:
+    """Build the data section for the sizes of a base."""
+    sizes = base.geometry
+    data: ShardData = recipe.build(
+        "data", sizes.frame_stride, sizes.pixel_stride, sizes.fps, base.fingerprint()
+    )
+    return data
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise InputError("\n".join(problems))

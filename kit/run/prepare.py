@@ -1,0 +1,81 @@
+"""`kit prepare`: a folder of clips to shards, and shards to encoded shards."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kit.data.encode import encode_shards
+from kit.data.fields import INDEX_NAME
+from kit.data.prepare import prepare as prepare_clips
+from kit.errors import InputError
+from kit.models.base import Base
+from kit.recipe import Recipe, read
+from kit.run.devices import choose_device
+from kit.run.parts import build_data
+from kit.run.recipes import FIT
+
+ENCODED = "encoded"
+"""Folder of the encoded shards, inside that of the raw ones."""
+
+DEFAULT_WINDOW, DEFAULT_BUCKETS = 81, "480"
+
+
+def prepare(
+    source: Path,
+    out: Path,
+    *,
+    recipe: str | None,
+    encode: bool,
+    window: int | None,
+    buckets: str | None,
+    clip_seconds: float,
+    sequence_fps: float,
+    overwrite: bool,
+    report: Callable[[str], None],
+) -> None:
+    """Prepare clips for training.
+
+    Args:
+        source: folder of clips, one file, or with `encode` a folder of raw shards.
+        out: folder for the raw shards; encoded ones go to `encoded` inside it.
+        recipe: fit recipe whose window, sizes and base count; needed to encode.
+        encode: also cache what the base's frozen encoders make of the clips.
+        window: shortest clip in frames; the recipe's window if absent.
+        buckets: sizes with commas between; the recipe's if absent.
+        clip_seconds: longer videos are cut.
+        sequence_fps: rate of numbered pictures.
+        overwrite: replace shards written before.
+        report: told what happens, in words.
+
+    Raises:
+        InputError: nothing usable was found, or an option is wrong.
+    """
+    if encode and recipe is None:
+        raise InputError("prepare: --encode needs --recipe, for its base and its windows")
+    checked = None if recipe is None else read(recipe, [f"data.path={out}"], FIT)
+    raw = source
+    if not (encode and (source / INDEX_NAME).exists()):
+        prepare_clips(
+            source,
+            out,
+            buckets=buckets or (checked["buckets"] if checked else DEFAULT_BUCKETS),
+            window_frames=window
+            or (checked.values["data"]["window_frames"] if checked else DEFAULT_WINDOW),
+            clip_seconds=clip_seconds,
+            sequence_fps=sequence_fps,
+            overwrite=overwrite,
+            report=report,
+        )
+        raw = out
+    if encode:
+        assert checked is not None
+        _encode(checked, raw, out / ENCODED, report)
+
+
+def _encode(recipe: Recipe, raw: Path, out: Path, report: Callable[[str], None]) -> None:
+    base: Base = recipe.build("base")
+    problems = base.problems()
+    if problems:
+        raise InputError("\n".join(problems))
+    data = build_data(recipe, base)
+    encoders = base.load_encoders(choose_device("auto"))
+    encode_shards(raw, out, data.clip_encoder(encoders), data.plan, data.settings, report)

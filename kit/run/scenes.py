@@ -1,0 +1,52 @@
+"""From files to what the sampler makes a video of."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kit.data.buckets import nearest_bucket, parse_buckets
+from kit.data.fields import SAMPLE_RATE
+from kit.data.media import load_image, load_speech, normalize_loudness, probe
+from kit.errors import InputError
+from kit.models.base import Geometry
+from kit.sampling.frames import StillSource, VideoSource
+from kit.sampling.pipeline import Scene, Source
+
+Size = tuple[int, int]
+"""Height and width of a video in pixels."""
+
+
+def load_portrait(path: Path, buckets: str | Sequence[str]) -> tuple[Source, Size]:
+    """Load a portrait and choose the video's size after it."""
+    picture = load_image(path)
+    size = nearest_bucket(picture.shape[0], picture.shape[1], parse_buckets(buckets))
+    return StillSource(picture, size), size
+
+
+def open_video(path: Path, buckets: str | Sequence[str], fps: int) -> tuple[Source, Size]:
+    """Open a source video and choose the new video's size after it."""
+    info = probe(path)
+    size = nearest_bucket(info.height, info.width, parse_buckets(buckets))
+    return VideoSource(path, size, fps), size
+
+
+def load_track(path: Path, fps: int, seconds: float | None = None) -> Tensor:
+    """Load speech at 16 kHz and -23 LUFS, all of it or its beginning. [samples].
+
+    Raises:
+        InputError: the file cannot be read, or holds less sound than one frame lasts.
+    """
+    waveform, _ = normalize_loudness(load_speech(path))
+    if seconds is not None:
+        waveform = waveform[: round(seconds * SAMPLE_RATE)]
+    if len(waveform) * fps < SAMPLE_RATE:
+        raise InputError(f"{path}: holds less sound than one frame lasts")
+    return waveform
+
+
+def one_speaker(text: str, track: Tensor, source: Source, size: Size, base: Geometry) -> Scene:
+    """Put a scene together in which one speaker fills the picture."""
+    mask = torch.ones(1, size[0] // base.pixel_stride, size[1] // base.pixel_stride)
+    return Scene(text, track[None], source, mask)

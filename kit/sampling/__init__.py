@@ -1,0 +1,3 @@
+"""Samplers by the name that a recipe gives them."""
+
+SAMPLERS = {"talk": "kit.sampling.pipeline:TalkSampler"}

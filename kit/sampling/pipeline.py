@@ -1,0 +1,245 @@
+"""From a portrait or source video, text and speech to video frames, chunk by chunk."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Annotated, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kit import guidance
+from kit.batch import Conditions
+from kit.draws import draw_normal
+from kit.flow import hold_context
+from kit.models.base import Encoders
+from kit.reference import first_frame_mask, followed_by_grey
+from kit.sampling.chunks import Chunk, plan_chunks, speech_frames_needed
+from kit.sampling.color import match_color
+from kit.solvers import SOLVERS, sigma_schedule
+from kit.speech import mirror_end, speech_windows
+
+OnStep = Callable[[Chunk, int], None]
+"""Told after each denoising step: the chunk and how many of its steps are done."""
+
+
+class Source(Protocol):
+    """Where reference frames come from."""
+
+    def frame(self, index: int) -> Tensor:
+        """Give the picture at the time of video frame `index`, -1 to 1. [3, height, width].
+
+        Asked with rising numbers; behind its end a source repeats its last picture.
+        """
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What to make a video of.
+
+    Attributes:
+        text: caption.
+        tracks: speech of each speaker at 16 kHz, -23 LUFS. [S, samples]
+        source: portrait or source video, at the video's size.
+        speaker_masks: where each speaker stands, 0 or 1, at latent size. [S, H, W]
+    """
+
+    text: str
+    tracks: Tensor
+    source: Source
+    speaker_masks: Tensor
+
+
+@dataclass(frozen=True)
+class EncodedScene:
+    """What all chunks of a video share.
+
+    Attributes:
+        text: states of the caption. [1, L, D]
+        null_text: states of the negative text. [1, L', D]
+        speech: features of the whole video and a little beyond. [S, T, M, D]
+        num_frames: frames of the whole video.
+        speaker_masks: as in the scene. [S, H, W]
+    """
+
+    text: Tensor
+    null_text: Tensor
+    speech: Tensor
+    num_frames: int
+    speaker_masks: Tensor
+
+
+class TalkSampler:
+    """Samples talking video of any length with clean context frames between chunks.
+
+    Args:
+        steps: denoising steps of a chunk.
+        shift: moves the steps towards noise; 7 at 480 p, 11 at 720 p.
+        text_scale: guidance towards the text; 1 is off.
+        audio_scale: guidance towards the speech; 1 is off.
+        num_frames: frames in a chunk, 4n + 1.
+        context_frames: frames that a chunk takes over from the one before, 4n + 1.
+        color_correction: how far each chunk's colours are moved to those of the first reference.
+        negative_text: what guidance leads away from.
+        solver: how to step between noise levels.
+
+    Source: InfiniteTalk, its released sampling loop; defaults are its 480 p settings.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: Annotated[int, Field(ge=1)] = 40,
+        shift: Annotated[float, Field(gt=0)] = 7.0,
+        text_scale: Annotated[float, Field(ge=0)] = 5.0,
+        audio_scale: Annotated[float, Field(ge=0)] = 4.0,
+        num_frames: Annotated[int, Field(ge=5)] = 81,
+        context_frames: Annotated[int, Field(ge=1)] = 9,
+        color_correction: Annotated[float, Field(ge=0, le=1)] = 1.0,
+        negative_text: str = "",
+        solver: Literal["euler"] = "euler",
+    ) -> None:
+        self.sigmas = sigma_schedule(steps, shift)
+        self.text_scale = text_scale
+        self.audio_scale = audio_scale
+        self.num_frames = num_frames
+        self.context_frames = context_frames
+        self.color_correction = color_correction
+        self.negative_text = negative_text
+        self.step = SOLVERS[solver]
+
+    def problems(self, frame_stride: int) -> list[str]:
+        """List what is wrong with the options for a base's frame stride, in words."""
+        found = [
+            f"sampling.{name}: {value} is not {frame_stride}n + 1 frames"
+            for name, value in (
+                ("num_frames", self.num_frames),
+                ("context_frames", self.context_frames),
+            )
+            if value % frame_stride != 1
+        ]
+        if self.context_frames >= self.num_frames:
+            found.append(
+                f"sampling.context_frames: {self.context_frames} of {self.num_frames} frames leave "
+                "nothing new in a chunk"
+            )
+        return found
+
+    def plan(self, total_frames: int) -> list[Chunk]:
+        """List the chunks of a video."""
+        return plan_chunks(total_frames, self.num_frames, self.context_frames)
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: nn.Module, encoders: Encoders, scene: Scene, seed: int, on_step: OnStep
+    ) -> Iterator[Tensor]:
+        """Yield the new frames of each chunk as soon as it is finished.
+
+        Yields:
+            Pixels, -1 to 1. [T, 3, height, width]; all chunks together are as long as the speech.
+        """
+        encoded = self.encode(encoders, scene)
+        color = scene.source.frame(0)
+        tail: Tensor | None = None
+        for chunk in self.plan(encoded.num_frames):
+            frame = scene.source.frame(chunk.start)
+            conditions = chunk_conditions(encoders, encoded, chunk, frame)
+            given = frame[:, None] if tail is None else tail
+            context = encoders.encode_video(given[None])  # [1, C, f, H, W]
+            shape = tuple(conditions.reference.shape)
+            noise = draw_normal(shape, seed, chunk.index, "noise").to(context)
+            guided = self.guided(denoiser, conditions, encoded.null_text)
+            latents = self.denoise(guided, noise, context, partial(on_step, chunk))
+            pixels = encoders.decode_video(latents)[0]
+            pixels = match_color(pixels, color.to(pixels), self.color_correction)
+            tail = pixels[:, -self.context_frames :]  # [3, T, height, width]
+            shown = pixels[:, chunk.num_context : chunk.num_context + chunk.num_shown]
+            yield shown.transpose(0, 1)
+
+    def encode(self, encoders: Encoders, scene: Scene) -> EncodedScene:
+        """Encode text and speech once; the speech is continued to fill the last chunk."""
+        text, null_text = encoders.encode_text([scene.text, self.negative_text])
+        speech = encoders.encode_speech(scene.tracks)
+        needed = speech_frames_needed(self.plan(speech.shape[1]))
+        return EncodedScene(
+            text=text[None],
+            null_text=null_text[None],
+            speech=mirror_end(speech, needed),
+            num_frames=speech.shape[1],
+            speaker_masks=scene.speaker_masks,
+        )
+
+    def guided(
+        self, denoiser: nn.Module, conditions: Conditions, null_text: Tensor
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Make (noisy, sigma) -> velocity under guidance, all branches in one forward pass.
+
+        Args:
+            denoiser: predicts velocity.
+            conditions: all conditions present, batch of one.
+            null_text: states of the negative text. [1, L, D]
+        """
+        asked = guidance.branches(conditions, null_text, self.text_scale, self.audio_scale)
+        together = Conditions.cat(list(asked.values()))
+
+        def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
+            repeated = noisy.expand(len(asked), *noisy.shape[1:])
+            predicted = denoiser(repeated, sigma.expand(len(asked)), together.to(noisy.device))
+            velocities = dict(zip(asked, predicted.split(1), strict=True))
+            return guidance.combine(velocities, self.text_scale, self.audio_scale)
+
+        return velocity
+
+    def denoise(
+        self,
+        velocity: Callable[[Tensor, Tensor], Tensor],
+        noise: Tensor,
+        context: Tensor,
+        on_step: Callable[[int], None],
+    ) -> Tensor:
+        """Turn noise into latents, the context held clean at every level.
+
+        Args:
+            velocity: (noisy, sigma) -> velocity.
+            noise: standard normal. [1, C, F, H, W]
+            context: clean leading latents. [1, C, f, H, W]
+            on_step: told after each step how many are done.
+        """
+        num_context = torch.tensor([context.shape[2]], device=noise.device)
+        noisy = hold_context(noise, context, num_context)
+        levels = self.sigmas.to(noise.device)
+        for number, (sigma, next_sigma) in enumerate(pairwise(levels), start=1):
+            noisy = self.step(noisy, velocity(noisy, sigma), sigma, next_sigma)
+            noisy = hold_context(noisy, context, num_context)
+            on_step(number)
+        return noisy
+
+
+def chunk_conditions(
+    encoders: Encoders, encoded: EncodedScene, chunk: Chunk, frame: Tensor
+) -> Conditions:
+    """Put together what steers one chunk, as a batch of one.
+
+    Args:
+        encoders: give the reference its latents and image features.
+        encoded: text, speech and places of the whole video.
+        chunk: which frames.
+        frame: the chunk's reference picture, -1 to 1. [3, height, width]
+    """
+    reference = encoders.encode_video(followed_by_grey(frame, chunk.num_frames)[None])
+    audio = speech_windows(encoded.speech, chunk.start, chunk.num_frames)
+    return Conditions(
+        text=encoded.text,
+        image=encoders.encode_image(frame[None]),
+        reference=reference,
+        reference_mask=first_frame_mask(1, reference.shape[2]),
+        audio=audio[None],
+        num_speakers=torch.tensor([len(audio)]),
+        speaker_masks=encoded.speaker_masks[None],
+    )
+
+
+def no_progress(chunk: Chunk, step: int) -> None:
+    """Tell nobody."""

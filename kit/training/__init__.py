@@ -1,0 +1,6 @@
+"""Training parts by the name that a recipe gives them."""
+
+OPTIMIZERS = {"adamw": "kit.training.optim:AdamW"}
+DROPOUTS = {"conditions": "kit.training.dropout:ConditionDropout"}
+TRAINERS = {"lightning": "kit.training.trainer:Training"}
+PREVIEWS = {"talk": "kit.training.previews:PreviewSettings"}

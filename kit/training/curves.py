@@ -1,0 +1,134 @@
+"""The course of a run: one row of numbers a step, in a CSV, in TensorBoard and as a picture."""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+SMOOTHING = 0.9
+"""Share of the smoothed loss that stays from one step to the next, in the picture."""
+
+
+class Curves(Callback):
+    """Writes `metrics.csv` and draws `loss.png` in the run's folder.
+
+    Rows behind the step that a run continues at are dropped: they are trained again.
+
+    Args:
+        folder: of the run.
+        every: steps between two rows in TensorBoard; the CSV has them all.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.path = folder / "metrics.csv"
+        self.picture = folder / "loss.png"
+        self.every = every
+        self._losses: list[dict[str, torch.Tensor]] = []
+        self._samples = 0
+        self._grad_norm = 0.0
+        self._last_step = 0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the rows of the steps done so far."""
+        self._last_step = trainer.global_step
+        kept = [row for row in read_curves(self.path) if int(row["step"]) <= self._last_step]
+        _write_rows(self.path, kept, mode="w")
+        self._since = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Measure the gradient before it is clipped."""
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *batch: object
+    ) -> None:
+        """Add a row at the end of each optimiser step, averaged over its batches."""
+        self._losses.append(outputs["losses"])
+        self._samples += outputs["samples"]
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        row = self._row(trainer)
+        if trainer.is_global_zero:
+            _write_rows(self.path, [row], mode="a")
+        if self._last_step % self.every == 0 and trainer.logger is not None:
+            trainer.logger.log_metrics(row, self._last_step)
+        self._losses, self._samples, self._since = [], 0, time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the picture."""
+        if trainer.is_global_zero:
+            draw_curves(read_curves(self.path), self.picture)
+
+    def _row(self, trainer: Trainer) -> dict[str, float]:
+        names = self._losses[0]
+        losses = {
+            f"loss/{name}": float(torch.stack([each[name] for each in self._losses]).mean())
+            for name in names
+        }
+        return {
+            "step": self._last_step,
+            **losses,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": self._grad_norm,
+            "seconds": time.perf_counter() - self._since,
+            "samples": self._samples,
+        }
+
+
+def read_curves(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a `metrics.csv`; a missing file has none."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def draw_curves(rows: list[dict[str, str]], picture: Path) -> None:
+    """Draw every loss over the steps, and its smoothed course."""
+    from matplotlib.figure import Figure
+
+    if not rows:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps = [int(row["step"]) for row in rows]
+    for name in (name for name in rows[0] if name.startswith("loss/")):
+        values = [float(row[name]) for row in rows]
+        (line,) = axes.plot(steps, values, alpha=0.3, linewidth=1)
+        axes.plot(steps, smoothed(values), color=line.get_color(), label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120)
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Average exponentially, without bias towards the first value."""
+    total, weight, result = 0.0, 0.0, []
+    for value in values:
+        total = SMOOTHING * total + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        result.append(total / weight)
+    return result
+
+
+def _write_rows(path: Path, rows: list[Any], mode: str) -> None:
+    if not rows:
+        if mode == "w":
+            path.unlink(missing_ok=True)
+        return
+    with path.open(mode, newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)

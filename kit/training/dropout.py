@@ -1,0 +1,87 @@
+"""Train without some conditions, so that guidance has a branch without them."""
+
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kit.batch import Batch, Conditions
+from kit.draws import draw_uniform
+from kit.guidance import drop_audio, drop_text, pad_text
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConditionDropout:
+    """Drops conditions of each sample on its own, each with its own probability.
+
+    Args:
+        text: share of samples that see the negative text instead of their caption.
+        audio: share that see one silent stream instead of their speech.
+        image: share whose image features are zero.
+        reference: share without a reference frame: zero latents, and the mask says so.
+
+    A still picture is its own reference, so it always trains without reference and image features:
+    it would only learn to copy.
+
+    Source: shares of public InfiniteTalk trainers; InfiniteTalk's guidance drops text and audio.
+    """
+
+    def __init__(
+        self,
+        *,
+        text: Share = 0.1,
+        audio: Share = 0.1,
+        image: Share = 0.1,
+        reference: Share = 0.05,
+    ) -> None:
+        self.shares = {"text": text, "audio": audio, "image": image, "reference": reference}
+
+    def drop(self, batch: Batch, seed: int) -> Batch:
+        """Drop conditions of a batch, decided by (seed, epoch, sample)."""
+        dropped = {name: self._draw(name, batch, seed) for name in self.shares}
+        if batch.latents.shape[2] == 1:
+            dropped["reference"] = dropped["image"] = torch.ones_like(dropped["reference"])
+        conditions = _same_length(batch.conditions, batch.null_text)
+        without = {
+            "text": drop_text(conditions, batch.null_text),
+            "audio": drop_audio(conditions),
+            "image": replace(conditions, image=torch.zeros_like(conditions.image)),
+            "reference": replace(
+                conditions,
+                reference=torch.zeros_like(conditions.reference),
+                reference_mask=torch.zeros_like(conditions.reference_mask),
+            ),
+        }
+        for name, fields in _FIELDS.items():
+            changed = {
+                field: _choose(
+                    dropped[name], getattr(without[name], field), getattr(conditions, field)
+                )
+                for field in fields
+            }
+            conditions = replace(conditions, **changed)
+        return replace(batch, conditions=conditions)
+
+    def _draw(self, name: str, batch: Batch, seed: int) -> Tensor:
+        share = self.shares[name]
+        draws = [draw_uniform(seed, *d, "drop", name) < share for d in batch.draws.tolist()]
+        return torch.tensor(draws, device=batch.latents.device)
+
+
+_FIELDS = {
+    "text": ("text",),
+    "audio": ("audio", "num_speakers"),
+    "image": ("image",),
+    "reference": ("reference", "reference_mask"),
+}
+
+
+def _same_length(conditions: Conditions, null_text: Tensor) -> Conditions:
+    return replace(conditions, text=pad_text(conditions.text, null_text.shape[1]))
+
+
+def _choose(dropped: Tensor, without: Tensor, present: Tensor) -> Tensor:
+    return torch.where(dropped.view(-1, *[1] * (present.ndim - 1)), without, present)

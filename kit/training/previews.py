@@ -1,0 +1,153 @@
+"""Short talking videos on the way, made by the sampler that `kit sample` uses."""
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from pydantic import Field
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from kit.data.fields import SAMPLE_RATE
+from kit.data.media import VideoWriter
+from kit.models.base import Encoders
+from kit.recipe import ExistingFile
+from kit.sampling.frames import to_pictures
+from kit.sampling.pipeline import Scene, TalkSampler, no_progress
+from kit.training.ema import AdapterEMA
+from kit.training.module import FineTuning
+
+GIF_EVERY = 2
+"""TensorBoard gets every n-th frame."""
+
+
+class PreviewSettings:
+    """What previews show, and how often.
+
+    Args:
+        every: optimiser steps between two; also at the end.
+        text: caption.
+        image: portrait.
+        audio: speech.
+        seconds: of the speech at most.
+        seed: of the noise, the same for all previews, so that they can be compared.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: Annotated[int, Field(ge=1)] = 250,
+        text: str,
+        image: ExistingFile,
+        audio: ExistingFile,
+        seconds: Annotated[float, Field(gt=0)] = 4.0,
+        seed: int = 0,
+    ) -> None:
+        self.every = every
+        self.text = text
+        self.image = image
+        self.audio = audio
+        self.seconds = seconds
+        self.seed = seed
+
+
+class Previews(Callback):
+    """Makes a preview every so many steps, with the averaged weights.
+
+    Args:
+        settings: how often.
+        folder: receives `step-00000100.mp4` and so on.
+        sampler: makes the video.
+        load_encoders: gives the frozen encoders.
+        load_scene: gives what to show.
+        ema: the average of what trains.
+        fps: of the video.
+    """
+
+    def __init__(
+        self,
+        settings: PreviewSettings,
+        folder: Path,
+        sampler: TalkSampler,
+        load_encoders: Callable[[], Encoders],
+        load_scene: Callable[[], Scene],
+        ema: AdapterEMA,
+        fps: int,
+    ) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.sampler = sampler
+        self.load_encoders = load_encoders
+        self.load_scene = load_scene
+        self.ema = ema
+        self.fps = fps
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from the step that the run continues at."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *batch: object
+    ) -> None:
+        """Make a preview where it is due."""
+        step = trainer.global_step
+        due = step % self.settings.every == 0 or step == trainer.max_steps
+        if step == self._last_step or not due or not trainer.is_global_zero:
+            return
+        self._last_step = step
+        assert isinstance(pl_module, FineTuning)
+        path = self.folder / f"step-{step:08d}.mp4"
+        pl_module.denoiser.eval()
+        with self.ema.applied(pl_module):
+            frames, speech = self._make(pl_module, path)
+        pl_module.denoiser.train()
+        if isinstance(trainer.logger, TensorBoardLogger):
+            _log(trainer.logger.experiment, frames, speech, step, self.fps)
+
+    def _make(self, module: FineTuning, path: Path) -> tuple[np.ndarray, torch.Tensor]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scene = self.load_scene()
+        chunks = [
+            to_pictures(pixels)
+            for pixels in self.sampler.sample(
+                module.denoiser, self.load_encoders(), scene, self.settings.seed, no_progress
+            )
+        ]
+        frames, speech = np.concatenate(chunks), scene.tracks.sum(0)
+        height, width = frames.shape[1:3]
+        with VideoWriter(path, fps=self.fps, height=height, width=width, speech=speech) as writer:
+            writer.write(frames)
+        return frames, speech
+
+
+def _log(
+    writer: SummaryWriter, frames: np.ndarray, speech: torch.Tensor, step: int, fps: int
+) -> None:
+    peak = speech.abs().max().clamp(min=1)
+    writer.add_audio("preview/speech", speech / peak, step, sample_rate=SAMPLE_RATE)
+    file_writer = writer.file_writer
+    assert file_writer is not None
+    file_writer.add_summary(_animation(frames[::GIF_EVERY], fps // GIF_EVERY), step)
+
+
+def _animation(frames: np.ndarray, fps: int) -> Summary:
+    """Pack frames as a GIF, which TensorBoard plays as an image."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    packed = BytesIO()
+    pictures[0].save(
+        packed, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0
+    )
+    image = Summary.Image(
+        height=frames.shape[1],
+        width=frames.shape[2],
+        colorspace=3,
+        encoded_image_string=packed.getvalue(),
+    )
+    return Summary(value=[Summary.Value(tag="preview/video", image=image)])

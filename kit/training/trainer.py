@@ -1,0 +1,97 @@
+"""The recipe's `trainer` section: how long, how precise, how often saved."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from pydantic import Field
+
+from kit.training.checkpoints import AtomicCheckpoints, SaveCheckpoints
+from kit.training.curves import Curves
+from kit.training.ema import AdapterEMA
+from kit.training.stop import GracefulStop
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Training:
+    """Length and precision of a run, and what it leaves on the way.
+
+    Args:
+        max_steps: optimiser steps.
+        precision: of the computation; what trains is always float32.
+        accumulate: batches in a step.
+        clip_norm: longest gradient; 0 does not clip.
+        checkpoint_blocks: recompute every n-th block in the backward pass, to save memory; 0 none.
+        ema_decay: of the average that becomes the adapter; 0 takes the last weights.
+        save_every: steps between two checkpoints.
+        keep_checkpoints: newest ones to keep.
+        log_every: steps between two entries in TensorBoard.
+        device: `auto` takes a GPU if there is one.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_steps: Count = 2000,
+        precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed",
+        accumulate: Count = 1,
+        clip_norm: Annotated[float, Field(ge=0)] = 1.0,
+        checkpoint_blocks: Annotated[int, Field(ge=0)] = 1,
+        ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99,
+        save_every: Count = 250,
+        keep_checkpoints: Count = 2,
+        log_every: Count = 10,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+    ) -> None:
+        self.max_steps = max_steps
+        self.precision = precision
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
+        self.checkpoint_blocks = checkpoint_blocks
+        self.ema_decay = ema_decay
+        self.save_every = save_every
+        self.keep_checkpoints = keep_checkpoints
+        self.log_every = log_every
+        self.device = device
+
+    @property
+    def num_batches(self) -> int:
+        """Count the batches that one process uses in the whole run."""
+        return self.max_steps * self.accumulate
+
+    def trainer(self, folder: Path, ema: AdapterEMA, more: Sequence[Callback]) -> Trainer:
+        """Make Lightning's trainer for a run's folder.
+
+        Args:
+            folder: receives checkpoints, curves and TensorBoard files.
+            ema: the average of what trains.
+            more: callbacks that come behind the average and before the checkpoints.
+        """
+        # The loader's workers and the logging interval are the recipe's choice.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*training batches.*logging interval.*")
+        return Trainer(
+            accelerator="gpu" if self.device == "cuda" else self.device,
+            devices=1,
+            max_steps=self.max_steps,
+            precision=self.precision,
+            accumulate_grad_batches=self.accumulate,
+            gradient_clip_val=self.clip_norm or None,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            logger=TensorBoardLogger(folder, name="", version="tensorboard"),
+            log_every_n_steps=self.log_every,
+            plugins=[AtomicCheckpoints()],
+            callbacks=[
+                ema,
+                GracefulStop(),
+                Curves(folder, self.log_every),
+                *more,
+                SaveCheckpoints(folder / "checkpoints", self.save_every, self.keep_checkpoints),
+            ],
+        )
