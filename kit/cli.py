@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except InputError as error:
         return _refuse(str(error))
-    except KeyboardInterrupt:
-        _refuse("stopped")
+    except KeyboardInterrupt as stop:
+        _refuse(str(stop) or "stopped")
         return STOPPED
     except Exception as error:
         full = _disk_full(error)

@@ -151,6 +151,19 @@ def test_milliseconds_of_matroska_do_not_repeat_frames(tmp_path: Path) -> None:
     assert numbers(path, 30)[:30] == list(range(30))
 
 
+def test_avi_with_frames_out_of_order(tmp_path: Path) -> None:
+    path = tmp_path / "old.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "3", "crf": "1"})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for number, picture in enumerate(greys(30)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert numbers(path, 25) == list(range(30))
+
+
 def test_gif_durations(tmp_path: Path) -> None:
     path = tmp_path / "drawing.gif"
     first, *rest = [Image.fromarray(frame) for frame in greys(3)]

@@ -152,11 +152,12 @@ def test_a_batch_of_one_and_two_speakers_equals_each_alone(wan: Wan) -> None:
         )
 
 
-def test_empty_speaker_slots_are_not_heard(wan: Wan) -> None:
-    noisy, conditions = make_noisy(2), make_conditions([1, 2])
-    loud = conditions.audio.clone()
-    loud[0, 1] = 100
-    changed = wan(noisy, SIGMA[:2], replace(conditions, audio=loud))
+def test_empty_speaker_slots_are_neither_heard_nor_seen(wan: Wan) -> None:
+    noisy, conditions = make_noisy(2), make_conditions([2, 3])
+    loud, everywhere = conditions.audio.clone(), conditions.speaker_masks.clone()
+    loud[0, 2], everywhere[0, 2] = 100, 1
+    other = replace(conditions, audio=loud, speaker_masks=everywhere)
+    changed = wan(noisy, SIGMA[:2], other)
     assert torch.equal(changed, wan(noisy, SIGMA[:2], conditions))
 
 
@@ -252,7 +253,7 @@ def gradients(model: Wan) -> tuple[list[Tensor], int]:
     model.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         loss = model(make_noisy(2), SIGMA[:2], make_conditions([1, 2])).square().mean()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None], kept
 
 
@@ -276,7 +277,7 @@ def test_rotation_tables_made_for_a_preview_serve_training() -> None:
     with torch.inference_mode():
         turn = grid_rotation((2, 2, 2), 24, torch.device("cpu"))
     x = torch.ones(1, 8, 1, 24, requires_grad=True)
-    rotate(x, turn).sum().backward()
+    rotate(x, turn).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
 
 

@@ -82,7 +82,7 @@ def open_media(source: Path | bytes) -> Iterator[InputContainer]:
     # The full path keeps a colon in a relative name from being taken for a protocol.
     place = BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
     try:
-        with av.open(place, metadata_errors="replace", options=options) as container:
+        with av.open(place, "r", metadata_errors="replace", options=options) as container:
             yield container
     except av.error.FFmpegError as error:
         raise InputError(f"{name} cannot be read: {_reason(source, error)}") from error

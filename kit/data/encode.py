@@ -1,5 +1,6 @@
 """From pixels, sound and words to what the frozen encoders make of them."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from kit.data.clips import (
     read_pictures,
     read_tracks,
 )
-from kit.data.fields import IndexedShard
+from kit.data.fields import INDEX_NAME, IndexedShard
 from kit.data.shards import Shards
 from kit.data.windows import WindowPlan, plan_windows
 from kit.data.writer import index_tar, write_index, write_shard
@@ -112,7 +113,7 @@ class ClipEncoder:
 
 def to_video(pictures: np.ndarray) -> Tensor:
     """Turn 0 to 255, uint8 [T, height, width, 3], into -1 to 1, float32 [3, T, height, width]."""
-    return torch.from_numpy(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return torch.tensor(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def encode_shards(
@@ -122,6 +123,8 @@ def encode_shards(
     plan: WindowPlan,
     settings: dict[str, str | int | float],
     report: Callable[[str], None],
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Encode every window of every clip of raw shards, shard by shard.
 
@@ -134,15 +137,16 @@ def encode_shards(
         plan: which windows and references to encode.
         settings: what the features depend on; kept in the index and compared when resuming.
         report: told after each shard.
+        overwrite: begin anew where out was begun with other clips or settings.
 
     Raises:
-        InputError: source holds no raw shards, or out was begun with other settings.
+        InputError: source holds no raw shards, or out was begun with other clips or settings.
     """
     shards = Shards(source)
     if shards.kind != "raw":
         raise InputError(f"{source}: these shards are encoded already; give the raw ones")
     out.mkdir(parents=True, exist_ok=True)
-    _keep_settings(out / "settings.json", settings)
+    _begin(out, {"source": _digest(source / INDEX_NAME), **settings}, overwrite=overwrite)
     finished: list[IndexedShard] = []
     for number, samples in enumerate(shards.by_file()):
         target = out / f"shard-{number:06d}.tar"
@@ -185,10 +189,19 @@ def _windows(
         yield features
 
 
-def _keep_settings(path: Path, settings: dict[str, str | int | float]) -> None:
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise InputError(
-            f"{path.parent}: encoding was begun with other settings; "
-            "give another folder or remove this one"
-        )
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+def _begin(out: Path, begun: dict[str, str | int | float], *, overwrite: bool) -> None:
+    """Keep the shards of an interrupted run if it encoded the same clips in the same way."""
+    path = out / "begun.json"
+    before = json.loads(path.read_text()) if path.exists() else begun
+    if before != begun and not overwrite:
+        differing = next(key for key, value in begun.items() if before.get(key) != value)
+        what = "clips" if differing == "source" else f"{differing} {before.get(differing)!r}"
+        raise InputError(f"{out}: was encoded from other {what}; overwrite it or give another")
+    if before != begun:
+        for old in (*out.glob("shard-*.tar"), out / INDEX_NAME):
+            old.unlink(missing_ok=True)
+    path.write_text(json.dumps(begun, indent=2) + "\n")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

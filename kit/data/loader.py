@@ -59,8 +59,12 @@ class ResumableLoader:
         self.handed_out = 0
 
     def __len__(self) -> int:
-        """Count the batches of the whole run."""
-        return self.num_batches
+        """Count the batches of the whole run, and one that nobody asks for.
+
+        A checkpoint behind the last batch of a loader says that the epoch is over, and a run with
+        more steps could not go on from it.
+        """
+        return self.num_batches + 1
 
     def __iter__(self) -> Iterator[Any]:
         """Hand out the batches that are left."""

@@ -124,7 +124,7 @@ def _resampling_graph(stream: AudioStream, origin: Fraction | None) -> Graph:
 
 
 def _pull_all(graph: Graph) -> list[Tensor]:
-    chunks = []
+    chunks: list[Tensor] = []
     while True:
         try:
             frame = graph.pull()

@@ -104,8 +104,9 @@ def open_image(path: Path) -> Image.Image:
         InputError: the file is missing, empty, damaged or no picture.
     """
     try:
-        image = Image.open(path)
-        image.load()
+        with path.open("rb") as file:
+            image = Image.open(file)
+            image.load()
     # A damaged PNG raises SyntaxError, a bomb its own error; all mean the same to the user.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         empty = path.is_file() and path.stat().st_size == 0
@@ -122,10 +123,13 @@ def _timed_frames(path: Path) -> Iterator[tuple[VideoFrame, Fraction, Fraction]]
         unit = stream.time_base or Fraction(1, 1000)
         usual = 1 / (stream.average_rate or Fraction(25))
         origin, end = None, Fraction(0)
+        # AVI stores no display times, and those made up for it are out of order.
+        is_avi = container.format.name == "avi"
         for frame in container.decode(stream):
-            time = frame.pts * unit if frame.pts is not None else end + (origin or 0)
+            stamp = frame.dts if is_avi else frame.pts
+            # A frame without a time follows where the one before it ended.
+            time = stamp * unit if stamp is not None else end + (origin or 0)
             origin = time if origin is None else origin
-            # AVI may leave out times: such a frame follows where the one before ended.
             start = max(time - origin, Fraction(0))
             end = start + (frame.duration * unit if frame.duration else usual)
             yield frame, start, end

@@ -41,7 +41,7 @@ class ShardWriter:
         kind: what the samples are.
         settings: what an encoded folder was encoded with; empty for raw.
         max_samples: samples in a shard at most.
-        max_bytes: a shard is closed when it reaches this size.
+        max_bytes: a shard is closed when its samples reach this size.
     """
 
     def __init__(
@@ -197,13 +197,10 @@ class _Shard:
         # No time and one fixed owner, so that equal samples give equal bytes.
         self._tar = TarWriter(self._file, encoder=False, mtime=0)
         self.num_samples = 0
-
-    @property
-    def num_bytes(self) -> int:
-        return self._file.tell()
+        self.num_bytes = 0
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        self._tar.write({"__key__": key, **members})
+        self.num_bytes += self._tar.write({"__key__": key, **members})
         self.num_samples += 1
 
     def publish(self) -> Path:

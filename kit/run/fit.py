@@ -4,7 +4,7 @@ import json
 import platform
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -74,6 +74,7 @@ def _train(
         denoiser, parts.objective, parts.dropout, parts.optimizer, seed, dict(recipe.values)
     )
     trained = sum(parameter.numel() for parameter in module.trained().values())
+    module.train()
     report(f"{trained:,} of {sum(p.numel() for p in denoiser.parameters()):,} parameters train")
 
     encoders = _Once(lambda: parts.base.load_encoders(device))
@@ -126,8 +127,8 @@ def _finish(
             "seconds": round(seconds, 1),
             "seconds_per_step": _median([float(row["seconds"]) for row in losses]),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            "first_loss": losses[0]["loss/velocity"] if losses else None,
-            "last_loss": losses[-1]["loss/velocity"] if losses else None,
+            "first_losses": _average_losses(losses[:10]),
+            "last_losses": _average_losses(losses[-10:]),
             "recipe_sha256": recipe.sha256,
             "versions": {name: version(name) for name in ("torch", "lightning", "peft")},
             "python": platform.python_version(),
@@ -172,5 +173,10 @@ def _median(values: list[float]) -> float | None:
     return sorted(values)[len(values) // 2] if values else None
 
 
-def _save(path: Path, values: dict[str, object]) -> None:
+def _average_losses(rows: list[dict[str, str]]) -> dict[str, float]:
+    names = [name for name in (rows[0] if rows else {}) if name.startswith("loss/")]
+    return {name: sum(float(row[name]) for row in rows) / len(rows) for name in names}
+
+
+def _save(path: Path, values: Mapping[str, object]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")

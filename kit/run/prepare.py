@@ -12,6 +12,7 @@ from kit.recipe import Recipe, read
 from kit.run.devices import choose_device
 from kit.run.parts import build_data
 from kit.run.recipes import FIT
+from kit.shipped import resolve
 
 ENCODED = "encoded"
 """Folder of the encoded shards, inside that of the raw ones."""
@@ -52,6 +53,7 @@ def prepare(
     if encode and recipe is None:
         raise InputError("prepare: --encode needs --recipe, for its base and its windows")
     checked = None if recipe is None else read(recipe, [f"data.path={out}"], FIT)
+    source = Path(resolve(str(source)))
     raw = source
     if not (encode and (source / INDEX_NAME).exists()):
         prepare_clips(
@@ -68,14 +70,17 @@ def prepare(
         raw = out
     if encode:
         assert checked is not None
-        _encode(checked, raw, out / ENCODED, report)
+        _encode(checked, raw, out / ENCODED, report, overwrite=overwrite)
 
 
-def _encode(recipe: Recipe, raw: Path, out: Path, report: Callable[[str], None]) -> None:
+def _encode(
+    recipe: Recipe, raw: Path, out: Path, report: Callable[[str], None], *, overwrite: bool
+) -> None:
     base: Base = recipe.build("base")
     problems = base.problems()
     if problems:
         raise InputError("\n".join(problems))
     data = build_data(recipe, base)
     encoders = base.load_encoders(choose_device("auto"))
-    encode_shards(raw, out, data.clip_encoder(encoders), data.plan, data.settings, report)
+    encoder = data.clip_encoder(encoders)
+    encode_shards(raw, out, encoder, data.plan, data.settings, report, overwrite=overwrite)

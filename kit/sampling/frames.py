@@ -13,7 +13,7 @@ from kit.data.media import iter_frames
 
 def to_pixels(picture: np.ndarray) -> Tensor:
     """Turn 0 to 255, uint8 [height, width, 3], into -1 to 1, float32 [3, height, width]."""
-    return torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.tensor(picture).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_pictures(pixels: Tensor) -> np.ndarray:

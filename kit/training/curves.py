@@ -30,6 +30,7 @@ class Curves(Callback):
         self._losses: list[dict[str, torch.Tensor]] = []
         self._samples = 0
         self._grad_norm = 0.0
+        self._lr = 0.0
         self._last_step = 0
         self._since = 0.0
 
@@ -43,7 +44,8 @@ class Curves(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Measure the gradient before it is clipped."""
+        """Measure the gradient before it is clipped, and the rate before it changes."""
+        self._lr = optimizer.param_groups[0]["lr"]
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
 
@@ -56,7 +58,7 @@ class Curves(Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        row = self._row(trainer)
+        row = self._row()
         if trainer.is_global_zero:
             _write_rows(self.path, [row], mode="a")
         if self._last_step % self.every == 0 and trainer.logger is not None:
@@ -68,7 +70,7 @@ class Curves(Callback):
         if trainer.is_global_zero:
             draw_curves(read_curves(self.path), self.picture)
 
-    def _row(self, trainer: Trainer) -> dict[str, float]:
+    def _row(self) -> dict[str, float]:
         names = self._losses[0]
         losses = {
             f"loss/{name}": float(torch.stack([each[name] for each in self._losses]).mean())
@@ -77,7 +79,7 @@ class Curves(Callback):
         return {
             "step": self._last_step,
             **losses,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self._lr,
             "grad_norm": self._grad_norm,
             "seconds": time.perf_counter() - self._since,
             "samples": self._samples,

@@ -1,5 +1,6 @@
 """The recipe's `trainer` section: how long, how precise, how often saved."""
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import Field
 from kit.training.checkpoints import AtomicCheckpoints, SaveCheckpoints
 from kit.training.curves import Curves
 from kit.training.ema import AdapterEMA
+from kit.training.progress import Progress
 from kit.training.stop import GracefulStop
 
 Count = Annotated[int, Field(ge=1)]
@@ -71,19 +73,19 @@ class Training:
             ema: the average of what trains.
             more: callbacks that come behind the average and before the checkpoints.
         """
-        # The loader's workers and the logging interval are the recipe's choice.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*training batches.*logging interval.*")
+        _quieten()
         return Trainer(
             accelerator="gpu" if self.device == "cuda" else self.device,
             devices=1,
             max_steps=self.max_steps,
+            max_epochs=1,
             precision=self.precision,
             accumulate_grad_batches=self.accumulate,
             gradient_clip_val=self.clip_norm or None,
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_model_summary=False,
+            enable_progress_bar=False,
             logger=TensorBoardLogger(folder, name="", version="tensorboard"),
             log_every_n_steps=self.log_every,
             plugins=[AtomicCheckpoints()],
@@ -91,7 +93,19 @@ class Training:
                 ema,
                 GracefulStop(),
                 Curves(folder, self.log_every),
+                Progress(),
                 *more,
                 SaveCheckpoints(folder / "checkpoints", self.save_every, self.keep_checkpoints),
             ],
         )
+
+
+def _quieten() -> None:
+    """Silence what Lightning says about choices that are the recipe's."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*training batches.*logging interval.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
