@@ -14,6 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kit.reference import first_frame_mask
 
+SAMPLE_RATE = 16_000
+"""Samples per second of all speech."""
+
 AUDIO_WINDOW = 5
 """Speech feature frames seen by one video frame: itself and two on either side."""
 

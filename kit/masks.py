@@ -5,6 +5,9 @@ from torch import Tensor
 
 from kit.errors import InputError
 
+MAX_SPEAKERS = 6
+"""As many as the speaker bands of the audio attention have room for."""
+
 
 def latent_masks(masks: Tensor, pixel_stride: int) -> Tensor:
     """Shrink speaker masks to latent size by nearest neighbour; above 0 counts as inside.
@@ -20,16 +23,26 @@ def latent_masks(masks: Tensor, pixel_stride: int) -> Tensor:
     return (F.interpolate(masks[None].float(), size, mode="nearest")[0] > 0).float()
 
 
-def require_inside(masks: Tensor, place: str) -> None:
-    """Refuse masks that cover nothing: a speaker without a place would give NaN.
+def check_speaker_masks(speaker_masks: Tensor, place: str) -> None:
+    """Refuse masks that cannot tell several speakers apart: an empty one would give NaN.
 
     Args:
-        masks: latent-size masks. [S, H, W]
+        speaker_masks: latent-size masks. [S, H, W]
         place: what to name in the message.
 
     Raises:
-        InputError: a mask is empty.
+        InputError: a speaker's mask holds no token, or there are too many speakers.
     """
-    empty = [number + 1 for number, mask in enumerate(masks) if not mask.any()]
+    count, height, width = speaker_masks.shape
+    if count > MAX_SPEAKERS:
+        raise InputError(f"{place}: {count} speakers; at most {MAX_SPEAKERS} can be told apart")
+    if count == 1:
+        return
+    grid = (height // 2, width // 2)
+    tokens = F.interpolate(speaker_masks[None].float(), size=grid, mode="nearest")[0] > 0
+    empty = [str(number) for number, mask in enumerate(tokens, start=1) if not mask.any()]
     if empty:
-        raise InputError(f"{place}: the mask of speaker {empty[0]} covers nothing of the picture")
+        raise InputError(
+            f"{place}: the mask of speaker {', '.join(empty)} is empty; each of {count} speakers "
+            f"needs a place inside the picture, at least 16x16 pixels large"
+        )

@@ -8,9 +8,22 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from kit.training.curves import Curves, draw_curves, read_curves, smoothed
+
+
+class Numbers(Dataset[float]):
+    """A list of numbers."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, place: int) -> float:
+        return self.values[place]
 
 
 class Line(LightningModule):
@@ -42,7 +55,7 @@ def train(folder: Path, values: list[float], accumulate: int = 1) -> list[dict[s
     with warnings.catch_warnings():
         # Lightning recommends loader processes and more; neither matters to two steps.
         warnings.simplefilter("ignore")
-        trainer.fit(Line(), DataLoader(torch.tensor(values)[:, None], batch_size=1))
+        trainer.fit(Line(), DataLoader(Numbers(values), batch_size=1))
     return read_curves(folder / "metrics.csv")
 
 
@@ -54,7 +67,8 @@ def test_every_step_has_a_row(tmp_path: Path) -> None:
     assert {float(row["grad_norm"]) for row in rows} == {1.0}
     assert {float(row["lr"]) for row in rows} == {0.5}
     assert {int(row["samples"]) for row in rows} == {1}
-    assert Image.open(tmp_path / "loss.png").size[0] > 100
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.size[0] > 100
 
 
 def test_a_step_of_several_batches_is_averaged(tmp_path: Path) -> None:

@@ -1,10 +1,8 @@
 """Speaker masks at latent size."""
 
-import pytest
 import torch
 
-from kit.errors import InputError
-from kit.masks import latent_masks, require_inside
+from kit.masks import latent_masks
 
 
 def test_blocks_shrink_to_positions() -> None:
@@ -18,11 +16,3 @@ def test_anything_above_zero_is_inside() -> None:
     shrunk = latent_masks(masks, 1)
     assert shrunk.dtype == torch.float32
     assert shrunk.tolist() == [[[0, 1], [1, 1]]]
-
-
-def test_an_empty_mask_is_refused_by_number() -> None:
-    masks = torch.ones(3, 2, 2)
-    require_inside(masks, "clip7")
-    masks[1] = 0
-    with pytest.raises(InputError, match="^clip7: the mask of speaker 2 covers nothing"):
-        require_inside(masks, "clip7")

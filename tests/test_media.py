@@ -334,6 +334,14 @@ def test_bad_files_are_named_with_the_reason(
             read(path)
 
 
+def test_sound_of_no_numbers(tmp_path: Path) -> None:
+    waveform = tone(1)
+    waveform[100] = torch.nan
+    (tmp_path / "a.wav").write_bytes(encode_wav(waveform[None]))
+    with pytest.raises(InputError, match="a.wav cannot be read: its sound holds values"):
+        load_speech(tmp_path / "a.wav")
+
+
 def test_sound_is_no_video_and_silence_has_no_sound(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(encode_wav(torch.zeros(1, 800)))
     with pytest.raises(InputError, match="a.wav has no video"):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from kit.batch import Conditions
 from kit.draws import draw_normal
 from kit.errors import InputError
+from kit.masks import check_speaker_masks
 from kit.models.attention import grid_rotation, rotate
-from kit.models.audio import AudioProjector, AudioSizes, band_starts, check_speaker_masks
+from kit.models.audio import AudioProjector, AudioSizes, band_starts
 from kit.models.checkpoints import draw_weights
 from kit.models.keys import our_name
 from kit.models.wan import Wan

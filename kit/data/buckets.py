@@ -61,12 +61,13 @@ TABLES: Mapping[str, Buckets] = {
 """Source: InfiniteTalk's two tables. Labels are rounded."""
 
 
-def parse_buckets(spec: str | Sequence[str]) -> Buckets:
+def parse_buckets(spec: int | str | Sequence[str]) -> Buckets:
     """Turn the name of a table, or sizes such as `["640x640", "448x896"]`, into buckets.
 
     Raises:
         InputError: no such table, or a size is not HEIGHTxWIDTH in multiples of 16.
     """
+    spec = str(spec) if isinstance(spec, int) else spec
     if isinstance(spec, str) and spec in TABLES:
         return TABLES[spec]
     sizes = spec.split(",") if isinstance(spec, str) else spec
@@ -123,7 +124,7 @@ def _covering_size(image: NDArray[np.uint8], height: int, width: int) -> tuple[i
 def _cut_middle(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     # Halves go to the even neighbour, as in torchvision's CenterCrop.
     top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
-    return np.ascontiguousarray(image[top : top + height, left : left + width])
+    return image[top : top + height, left : left + width].copy()
 
 
 def _parse_size(size: str) -> tuple[int, int]:

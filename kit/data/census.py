@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 CENSUS_NAME = "census.json"
+MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ class Census:
         yield f"kept      {len(self.kept) - stills} clips and {stills} stills from {files} files"
         yield f"cut       {len(self.cut)} files into {sum(self.cut.values())} clips"
         yield f"dropped   {len(self.dropped)}"
-        yield from (f"          {dropped.reason}" for dropped in self.dropped)
+        yield from _shortened([dropped.reason for dropped in self.dropped])
         yield f"warnings  {len(self.warnings)}"
-        yield from (f"          {warning}" for warning in self.warnings)
+        yield from _shortened(self.warnings)
         yield f"video     {self.seconds:.1f} s, speech {self.speech_seconds:.1f} s"
         yield f"buckets   {_listed(self.buckets)}"
         yield f"sources   {_listed(self.source_sizes)}"
@@ -104,6 +105,12 @@ class Census:
             "cut": self.cut,
         }
         return summary | asdict(self)
+
+
+def _shortened(sentences: Sequence[str]) -> Iterator[str]:
+    yield from (f"          {sentence}" for sentence in sentences[:MAX_LISTED])
+    if len(sentences) > MAX_LISTED:
+        yield f"          and {len(sentences) - MAX_LISTED} more, see {CENSUS_NAME}"
 
 
 def _listed(counts: dict[str, int]) -> str:

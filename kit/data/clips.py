@@ -14,7 +14,7 @@ from kit.data.media import decode_wav, read_frames
 from kit.data.order import Draw
 from kit.data.shards import Shards
 from kit.data.windows import Choice, Window, WindowPlan, choose, plan_windows
-from kit.masks import latent_masks
+from kit.masks import check_speaker_masks, latent_masks
 from kit.speech import speech_windows
 
 
@@ -176,7 +176,9 @@ def read_masks(shards: Shards, number: int, pixel_stride: int) -> Tensor:
         return torch.ones(max(meta["num_speakers"], 1), *size)
     members = [shards.read(number, f"speaker{i}.png") for i in range(meta["num_masks"])]
     masks = [np.asarray(Image.open(BytesIO(member)).convert("L")) for member in members]
-    return latent_masks(torch.from_numpy(np.stack(masks)), pixel_stride)
+    small = latent_masks(torch.from_numpy(np.stack(masks)), pixel_stride)
+    check_speaker_masks(small, shards.key(number))
+    return small
 
 
 def _load(shards: Shards, number: int, member: str) -> dict[str, Tensor]:

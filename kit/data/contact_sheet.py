@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 SHEET_NAME = "census.png"
@@ -45,8 +45,7 @@ class ContactSheet:
         draw = ImageDraw.Draw(strip)
         draw.text((2, 2), title, fill=_INK, font=ImageFont.load_default(12))
         for place, frame in enumerate(frames):
-            thumb = Image.fromarray(frame)
-            thumb.thumbnail((_THUMB_WIDTH, _THUMB_HEIGHT))
+            thumb = ImageOps.contain(Image.fromarray(frame), (_THUMB_WIDTH, _THUMB_HEIGHT))
             strip.paste(thumb, (place * _THUMB_WIDTH, _TITLE_HEIGHT))
         if tracks.numel():
             _draw_wave(draw, tracks)

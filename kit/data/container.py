@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
+from math import ceil
 from pathlib import Path
 
 import av
@@ -16,6 +17,21 @@ from kit.errors import InputError
 
 TIME_TOLERANCE = Fraction(1, 1000)
 """Containers such as Matroska round times to milliseconds."""
+
+
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2",
+    "matroska,webm",
+    "avi",
+    "gif",
+    "wav",
+    "flac",
+    "mp3",
+    "ogg",
+    "aac",
+    "aiff",
+)
+"""Containers that are opened, by FFmpeg's names."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,8 @@ def probe(path: Path) -> MediaInfo:
 
 
 def count_frames(seconds: Fraction, fps: float) -> int:
-    """Count the points of a constant-rate grid in a length of time, at least 1."""
-    return max(1, -int(-(seconds - TIME_TOLERANCE) * exact_rate(fps) // 1))
+    """Count the points of a constant-rate grid that lie before a time, at least 1."""
+    return max(1, ceil((seconds - TIME_TOLERANCE) * exact_rate(fps)))
 
 
 def exact_rate(fps: float) -> Fraction:
@@ -76,8 +92,8 @@ def exact_rate(fps: float) -> Fraction:
 @contextmanager
 def open_media(source: Path | bytes) -> Iterator[InputContainer]:
     """Open a file or its bytes for reading; whatever fails inside the block becomes InputError."""
-    # Only plain files: a playlist in disguise must not make the library open addresses.
-    options = {"protocol_whitelist": "file"}
+    # Only plain files of real media: a playlist in disguise would open files that it names.
+    options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
     name = "bytes in memory" if isinstance(source, bytes) else str(source)
     # The full path keeps a colon in a relative name from being taken for a protocol.
     place = BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
@@ -118,6 +134,6 @@ def _reason(source: Path | bytes, error: av.error.FFmpegError) -> str:
         return "it is empty"
     if isinstance(error, av.error.FileNotFoundError):
         return "there is no such file"
-    if isinstance(error, av.error.InvalidDataError | av.error.EOFError):
+    if isinstance(error, av.error.InvalidDataError | av.error.EOFError | av.error.ArgumentError):
         return "it is damaged or not a media file"
     return (error.strerror or str(error)).lower()

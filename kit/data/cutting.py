@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, zeros
 
+from kit.batch import SAMPLE_RATE
 from kit.data.buckets import Buckets, fit, fit_mask, nearest_bucket
 from kit.data.census import Census
 from kit.data.contact_sheet import strip_frames
-from kit.data.fields import SAMPLE_RATE, Meta
+from kit.data.fields import Meta
 from kit.data.footage import Footage, Frames, open_footage
 from kit.data.media import encode_clip, encode_wav, load_image
 from kit.data.sources import Source

@@ -19,7 +19,7 @@ from kit.data.clips import (
     read_pictures,
     read_tracks,
 )
-from kit.data.fields import INDEX_NAME, IndexedShard
+from kit.data.fields import INDEX_NAME, IndexedShard, Settings
 from kit.data.shards import Shards
 from kit.data.windows import WindowPlan, plan_windows
 from kit.data.writer import index_tar, write_index, write_shard
@@ -121,7 +121,7 @@ def encode_shards(
     out: Path,
     encoder: ClipEncoder,
     plan: WindowPlan,
-    settings: dict[str, str | int | float],
+    settings: Settings,
     report: Callable[[str], None],
     *,
     overwrite: bool = False,
@@ -162,7 +162,8 @@ def _encoded(
 ) -> tuple[str, dict[str, bytes]]:
     texts = {
         "text": encoder.text(read_caption(shards, number)),
-        "null_text": encoder.text(encoder.negative_text),
+        # A caption may equal the negative text, and safetensors refuses shared memory.
+        "null_text": encoder.text(encoder.negative_text).clone(),
     }
     speech = {"speech": encoder.speech(read_tracks(shards, number))}
     copied = [m for m in shards.members(number) if m in ("json", "txt") or m.startswith("speaker")]
@@ -189,7 +190,7 @@ def _windows(
         yield features
 
 
-def _begin(out: Path, begun: dict[str, str | int | float], *, overwrite: bool) -> None:
+def _begin(out: Path, begun: Settings, *, overwrite: bool) -> None:
     """Keep the shards of an interrupted run if it encoded the same clips in the same way."""
     path = out / "begun.json"
     before = json.loads(path.read_text()) if path.exists() else begun

@@ -9,11 +9,11 @@ INDEX_NAME = "index.json"
 INDEX_FORMAT = "charakit-shards"
 INDEX_VERSION = 1
 
+Settings = dict[str, str | int | float | None]
+"""What encoded features depend on, by name."""
+
 ShardKind = Literal["raw", "encoded"]
 MediaKind = Literal["video", "image"]
-
-SAMPLE_RATE = 16_000
-"""Samples per second of all speech in shards."""
 
 
 class Meta(TypedDict):
@@ -82,7 +82,7 @@ class Index(TypedDict):
     format: str
     version: int
     kind: ShardKind
-    settings: dict[str, str | int | float]
+    settings: Settings
     shards: list[IndexedShard]
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from kit.batch import Batch, collate
 from kit.data.clips import EncodedClips, RawClips, Selection
 from kit.data.encode import ClipEncoder, ClipEncoders
+from kit.data.fields import Settings
 from kit.data.loader import ResumableLoader
 from kit.data.order import Order
 from kit.data.shards import Shards
@@ -27,7 +28,7 @@ class ShardData(LightningDataModule):
         frame_stride: video frames in a latent frame of the base.
         pixel_stride: pixels in a latent position of the base.
         fps: frames per second of the base.
-        fingerprint: of the base's encoders.
+        fingerprint: of the base's encoders; None if the base cannot tell.
         path: folder that `kit prepare` wrote, raw or encoded.
         batch_size: windows in a batch.
         window_frames: video frames in a window, 4n + 1; Wan was trained on 81.
@@ -46,7 +47,7 @@ class ShardData(LightningDataModule):
         frame_stride: int,
         pixel_stride: int,
         fps: int,
-        fingerprint: str,
+        fingerprint: str | None,
         *,
         path: str,
         batch_size: Annotated[int, Field(ge=1)] = 1,
@@ -76,7 +77,7 @@ class ShardData(LightningDataModule):
         self.pixel_stride = pixel_stride
 
     @property
-    def settings(self) -> dict[str, str | int | float]:
+    def settings(self) -> Settings:
         """Name everything that encoded features depend on."""
         return {
             "base": self.fingerprint,
@@ -116,7 +117,7 @@ class ShardData(LightningDataModule):
                 f"data.{name}: the shards were encoded with {shards.settings.get(name)!r}, the "
                 f"recipe says {value!r}; encode them again or change the recipe"
                 for name, value in self.settings.items()
-                if shards.settings.get(name) != value
+                if value is not None and shards.settings.get(name) != value
             ]
         metas = [(shards.key(i), shards.meta(i)) for i in range(len(shards))]
         short = [k for k, m in metas if 1 < m["num_frames"] < self.plan.window_frames]

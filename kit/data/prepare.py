@@ -25,7 +25,7 @@ def prepare(
     source: Path,
     out: Path,
     *,
-    buckets: str | Sequence[str],
+    buckets: int | str | Sequence[str],
     window_frames: int = 81,
     clip_seconds: float = 15.0,
     sequence_fps: float = 25.0,
@@ -58,8 +58,10 @@ def prepare(
     _make_room(out, overwrite)
     census, sheet = Census(), ContactSheet()
     with ShardWriter(out, "raw", max_samples=samples_per_shard) as writer:
-        for item in sources:
+        for number, item in enumerate(sources, start=1):
+            before = len(census.kept)
             _take(item, cutting, writer, census, sheet)
+            report(f"{number} of {len(sources)}  {item.path}: {len(census.kept) - before} kept")
         if not census.kept:
             reasons = "\n".join(dropped.reason for dropped in census.dropped)
             raise InputError(f"{source}: nothing can be used\n{reasons}")

@@ -13,8 +13,8 @@ from av.filter import Graph
 from av.stream import Disposition
 from torch import Tensor
 
+from kit.batch import SAMPLE_RATE
 from kit.data.container import open_media
-from kit.data.fields import SAMPLE_RATE
 from kit.errors import InputError
 
 TARGET_LOUDNESS = -23.0
@@ -50,6 +50,8 @@ def load_speech(path: Path) -> Tensor:
     waveform = torch.cat(chunks) if chunks else torch.zeros(0)
     if not len(waveform):
         raise InputError(f"{path} cannot be read: its sound is empty")
+    if not waveform.isfinite().all():
+        raise InputError(f"{path} cannot be read: its sound holds values that are not numbers")
     return waveform
 
 

@@ -12,7 +12,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SOUND_SUFFIXES = (".wav", ".flac")
 
-_SPEAKER_FILE = re.compile(r".+\.speaker\d+\.\w+", re.IGNORECASE)
+_SPEAKER_FILE = re.compile(r".+\.speaker\d+\.png", re.IGNORECASE)
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 _MASK_IN_JSON = re.compile(r'"mask"\s*:\s*"([^"]+)"')
 

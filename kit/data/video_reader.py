@@ -10,13 +10,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from kit.data.container import (
-    TIME_TOLERANCE,
-    count_frames,
-    exact_rate,
-    open_media,
-    video_stream,
-)
+from kit.data.container import count_frames, open_media, video_stream
 from kit.errors import InputError
 
 KEYFRAME_INTERVAL = 25
@@ -36,20 +30,17 @@ def iter_frames(path: Path, fps: float) -> Iterator[NDArray[np.uint8]]:
     Raises:
         InputError: the file is missing, empty, damaged or holds no video.
     """
-    rate, number, picture = exact_rate(fps), 0, None
-    end = Fraction(0)
+    number, end = 0, Fraction(0)
     shown: VideoFrame | None = None
     for frame, start, stop in _timed_frames(path):
-        for _ in range(number, -int(-(start - TIME_TOLERANCE) * rate // 1)):
-            picture = _upright(shown or frame) if picture is None else picture
-            yield picture
-            number += 1
-        shown, picture, end = frame, None, stop
+        if shown is not None:
+            due = count_frames(start, fps)
+            yield from _held(shown, due - number)
+            number = max(number, due)
+        shown, end = frame, stop
     if shown is None:
         raise InputError(f"{path} cannot be read: no frame of it can be decoded")
-    picture = _upright(shown)
-    for _ in range(number, max(count_frames(end, fps), number + (number == 0))):
-        yield picture
+    yield from _held(shown, count_frames(end, fps) - number)
 
 
 def read_frames(source: Path | bytes, indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -94,7 +85,7 @@ def load_image(path: Path) -> NDArray[np.uint8]:
             layer = upright.convert("RGBA")
             paper = Image.new("RGBA", layer.size, "white")
             upright = Image.alpha_composite(paper, layer)
-        return np.asarray(upright.convert("RGB"))
+        return np.array(upright.convert("RGB"))
 
 
 def open_image(path: Path) -> Image.Image:
@@ -133,6 +124,12 @@ def _timed_frames(path: Path) -> Iterator[tuple[VideoFrame, Fraction, Fraction]]
             start = max(time - origin, Fraction(0))
             end = start + (frame.duration * unit if frame.duration else usual)
             yield frame, start, end
+
+
+def _held(frame: VideoFrame, count: int) -> Iterator[NDArray[np.uint8]]:
+    if count > 0:
+        picture = _upright(frame)
+        yield from (picture for _ in range(count))
 
 
 def _upright(frame: VideoFrame) -> NDArray[np.uint8]:

@@ -19,8 +19,8 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kit.batch import SAMPLE_RATE
 from kit.data.container import exact_rate
-from kit.data.fields import SAMPLE_RATE
 from kit.data.video_reader import KEYFRAME_INTERVAL
 
 _AUDIO_FRAME = 1024

@@ -24,11 +24,10 @@ from kit.data.fields import (
     IndexedSample,
     IndexedShard,
     Meta,
+    Settings,
     ShardKind,
 )
 from kit.errors import InputError
-
-Settings = Mapping[str, str | int | float]
 
 
 class ShardWriter:
@@ -122,11 +121,15 @@ def write_index(
         shards=list(shards),
     )
     partial = folder / f"{INDEX_NAME}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(index, file, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / INDEX_NAME)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(index, file, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(folder / INDEX_NAME)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_index(folder: Path) -> Index:

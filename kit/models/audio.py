@@ -12,10 +12,8 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
 from kit.batch import AUDIO_WINDOW
-from kit.errors import InputError
 from kit.models.attention import attend, rotate, rotation, split_heads
 
-MAX_SPEAKERS = 6
 BAND_WIDTH = 4
 BACKGROUND_POSITION = 12
 
@@ -194,24 +192,3 @@ def region_scores(query: Tensor, key: Tensor, regions: Tensor) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         mixed = attend(query.float(), key[:, :num_keys].float(), values.float())
     return split_heads(mixed, heads).mean(dim=2)[..., :num_regions].transpose(1, 2)
-
-
-def check_speaker_masks(speaker_masks: Tensor, place: str) -> None:
-    """Refuse masks [S, H, W], at latent size, that cannot tell several speakers apart.
-
-    Raises:
-        InputError: a speaker's mask holds no token, or there are too many speakers.
-    """
-    count, height, width = speaker_masks.shape
-    if count > MAX_SPEAKERS:
-        raise InputError(f"{place}: {count} speakers; at most {MAX_SPEAKERS} can be told apart")
-    if count == 1:
-        return
-    grid = (height // 2, width // 2)
-    tokens = F.interpolate(speaker_masks[None].float(), size=grid, mode="nearest")[0] > 0
-    empty = [str(number) for number, mask in enumerate(tokens, start=1) if not mask.any()]
-    if empty:
-        raise InputError(
-            f"{place}: the mask of speaker {', '.join(empty)} is empty; each of {count} speakers "
-            f"needs a place inside the picture, at least 16x16 pixels large"
-        )

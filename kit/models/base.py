@@ -110,6 +110,10 @@ class Base(ABC):
         """List what is missing or unfit, in words, without loading any weights."""
 
     @abstractmethod
+    def notes(self) -> list[str]:
+        """List what is worth knowing before a run, in words."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """Identify the encoders, so that features of another base are not mistaken for these."""
 

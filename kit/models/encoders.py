@@ -28,12 +28,12 @@ from transformers import (
 )
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from kit.batch import SAMPLE_RATE
 from kit.errors import InputError
 from kit.models.checkpoints import draw_weights
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_RATE = 16_000
 UNREAD_PARAMETERS = {"masked_spec_embed"}
 """Parameters that only training of the encoder reads, so that files may lack them."""
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,9 @@ from kit.models.checkpoints import (
 
 ENCODER_FOLDERS = ("vae", "text_encoder", "image_encoder")
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+CONFIG_FILES = ("*.json", "*.model", "*.txt")
+"""What a hub repository is asked for before a run: all but its weights."""
+WEIGHT_FILES = (*CONFIG_FILES, "*.safetensors")
 
 
 class WanBase(Base):
@@ -76,16 +79,28 @@ class WanBase(Base):
         is_readable = not found and self._seed is None and Path(self._path).is_dir()
         return found + (self._unfit_tensors() if is_readable else [])
 
+    def notes(self) -> list[str]:
+        """Say what is not here and will be fetched."""
+        places = {"path": self._path, "audio_encoder": self._audio_encoder}
+        return [
+            f"base.{key}: no folder '{name}' here; it will be fetched from the hub"
+            for key, name in places.items()
+            if name is not None and not Path(name).is_dir()
+        ]
+
     def fingerprint(self) -> str:
-        """Hash configurations of the encoders, names and sizes of their weights, and the seed."""
-        digest = hashlib.sha256(f"random_weights={self._seed}".encode())
-        folders = [self._folder / name for name in (*ENCODER_FOLDERS, "tokenizer")]
-        for folder in (*folders, self._speech_folder):
+        """Hash what the features of the encoders depend on.
+
+        These are their configurations, the text encoder's dtype, the seed, and names and sizes of
+        local weights; of a repository on the hub, its revision.
+        """
+        digest = hashlib.sha256(f"random_weights={self._seed} {self._dtype}".encode())
+        folders = [self._configs / name for name in (*ENCODER_FOLDERS, "tokenizer")]
+        for folder in (*folders, self._speech_configs):
+            digest.update(self._weights_of(folder).encode())
             for file in sorted(folder.glob("*.json")):
                 if not file.name.endswith(".index.json"):
                     digest.update(file.name.encode() + file.read_bytes())
-            for file in [] if self._seed is not None else weight_files(folder):
-                digest.update(f"{file.name}={file.stat().st_size}".encode())
         return digest.hexdigest()
 
     def load_denoiser(self, device: torch.device) -> Denoiser:
@@ -124,21 +139,38 @@ class WanBase(Base):
         from kit.models.audio import AudioSizes
         from kit.models.wan import Wan
 
-        config = _read_config(self._folder / "transformer")
-        audio = self._folder / "audio"
+        config = _read_config(self._configs / "transformer")
+        audio = self._configs / "audio"
         sizes = AudioSizes(**_read_config(audio)) if audio.is_dir() else AudioSizes()
         with torch.device("meta"):
             return Wan(config, audio=sizes, text_length=self._text_length)
 
     @property
     def _folder(self) -> Path:
-        return _resolve(self._path, "base.path")
+        return _resolve(self._path, "base.path", WEIGHT_FILES)
 
     @property
     def _speech_folder(self) -> Path:
         if self._audio_encoder is None:
             return self._folder / "audio_encoder"
-        return _resolve(self._audio_encoder, "base.audio_encoder")
+        return _resolve(self._audio_encoder, "base.audio_encoder", WEIGHT_FILES)
+
+    @property
+    def _configs(self) -> Path:
+        return _resolve(self._path, "base.path", CONFIG_FILES)
+
+    @property
+    def _speech_configs(self) -> Path:
+        if self._audio_encoder is None:
+            return self._configs / "audio_encoder"
+        return _resolve(self._audio_encoder, "base.audio_encoder", CONFIG_FILES)
+
+    def _weights_of(self, folder: Path) -> str:
+        if self._seed is not None:
+            return ""
+        if not Path(self._path).is_dir() and folder.is_relative_to(self._configs):
+            return self._configs.name  # the hub's cache names its folders after revisions
+        return " ".join(f"{file.name}={file.stat().st_size}" for file in weight_files(folder))
 
     def _denoiser_files(self) -> list[Path]:
         files = weight_files(self._folder / "transformer")
@@ -180,8 +212,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _resolve(name: str, place: str) -> Path:
-    """Find a local folder, or the local copy of a hub repository, fetching it if need be."""
+def _resolve(name: str, place: str, patterns: Sequence[str]) -> Path:
+    """Find a local folder, or the local copy of a hub repository, fetching files if need be."""
     if Path(name).is_dir():
         return Path(name)
     if HUB_NAME.fullmatch(name) is None:
@@ -191,7 +223,7 @@ def _resolve(name: str, place: str) -> Path:
     repository, _, revision = name.partition("@")
     try:
         return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=[*HUB_FILES])
+            snapshot_download(repository, revision=revision or None, allow_patterns=[*patterns])
         )
     except (OSError, ValueError) as error:
         raise InputError(

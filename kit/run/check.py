@@ -72,6 +72,7 @@ def _fit_notes(recipe: Recipe) -> list[str]:
     )
     total = sum(parameter.numel() for parameter in denoiser.parameters())
     return [
+        *parts.base.notes(),
         *parts.data.notes(),
         f"{total:,} parameters frozen, {factors + fully:,} train (factors on {len(layers)} layers)",
         f"{parts.training.max_steps} steps of "
@@ -80,8 +81,11 @@ def _fit_notes(recipe: Recipe) -> list[str]:
 
 
 def _sample_notes(recipe: Recipe) -> list[str]:
-    _, sampler = build_sample(recipe)
-    return [f"{len(sampler.sigmas) - 1} steps a chunk of {sampler.num_frames} frames"]
+    base, sampler = build_sample(recipe)
+    return [
+        *base.notes(),
+        f"{len(sampler.sigmas) - 1} steps a chunk of {sampler.num_frames} frames",
+    ]
 
 
 def _is_sample(path: str) -> bool:

@@ -52,7 +52,7 @@ def fit(recipe: str, overrides: Sequence[str], report: Callable[[str], None]) ->
         report(f"going on from {resume}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(checked.text)
-    for note in parts.data.notes():
+    for note in (*parts.base.notes(), *parts.data.notes()):
         report(note)
     _train(checked, parts, folder, resume, report)
     return folder

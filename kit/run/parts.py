@@ -41,34 +41,35 @@ def build_fit(recipe: Recipe) -> FitParts:
         InputError: lists all that is missing or does not go together.
     """
     base: Base = recipe.build("base")
-    _refuse(base.problems())
+    problems = base.problems()
+    data = build_data(recipe, base, fingerprint=None if problems else base.fingerprint())
+    problems += data.problems()
     parts = FitParts(
         base=base,
         adapter=recipe.build("adapter"),
         objective=recipe.build("objective"),
         dropout=recipe.build("dropout"),
-        data=build_data(recipe, base),
+        data=data,
         optimizer=recipe.build("optimizer"),
         training=recipe.build("trainer"),
         sampler=recipe.build("sampling"),
         preview=recipe.build("preview") if "preview" in recipe else None,
     )
-    parse_buckets(recipe["buckets"])
-    _refuse(
-        [
-            *parts.adapter.problems(base.empty_denoiser()),
-            *parts.data.problems(),
-            *parts.sampler.problems(base.geometry.frame_stride),
-        ]
-    )
+    problems += parts.sampler.problems(base.geometry.frame_stride)
+    try:
+        parse_buckets(recipe["buckets"])
+    except InputError as error:
+        problems.append(str(error))
+    _refuse(problems)
+    _refuse(parts.adapter.problems(base.empty_denoiser()))
     return parts
 
 
-def build_data(recipe: Recipe, base: Base) -> ShardData:
+def build_data(recipe: Recipe, base: Base, fingerprint: str | None) -> ShardData:
     """Build the data section for the sizes of a base."""
     sizes = base.geometry
     data: ShardData = recipe.build(
-        "data", sizes.frame_stride, sizes.pixel_stride, sizes.fps, base.fingerprint()
+        "data", sizes.frame_stride, sizes.pixel_stride, sizes.fps, fingerprint
     )
     return data
 

@@ -80,7 +80,7 @@ def _encode(
     problems = base.problems()
     if problems:
         raise InputError("\n".join(problems))
-    data = build_data(recipe, base)
+    data = build_data(recipe, base, base.fingerprint())
     encoders = base.load_encoders(choose_device("auto"))
     encoder = data.clip_encoder(encoders)
     encode_shards(raw, out, encoder, data.plan, data.settings, report, overwrite=overwrite)

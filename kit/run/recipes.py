@@ -18,7 +18,7 @@ Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 _COMMON = {
     "name": (Name, ...),
     "seed": (Seed, 42),
-    "buckets": (str | Sequence[str], "480"),
+    "buckets": (int | str | Sequence[str], "480"),
 }
 
 FIT = Schema(

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from kit.adapters.files import load_adapter
-from kit.adapters.lora import apply_adapter
+from kit.adapters.lora import apply_adapter, require_fit
 from kit.data.media import VideoWriter
 from kit.errors import InputError
 from kit.models.base import Base, Denoiser
@@ -58,6 +58,9 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
         problems.append(f"out: {recipe['out']} does not end in .mp4")
     if problems:
         raise InputError("\n".join(problems))
+    if recipe["adapter"] is not None:
+        tensors, _ = load_adapter(Path(recipe["adapter"]))
+        require_fit(base.empty_denoiser(), tensors)
     return base, sampler
 
 
@@ -94,14 +97,9 @@ def _write(
 
 
 def load_with_adapter(base: Base, adapter: str | None, device: torch.device) -> Denoiser:
-    """Load a base's denoiser, with a trained adapter if there is one.
-
-    Raises:
-        InputError: the adapter cannot be read or belongs to another base.
-    """
-    if adapter is None:
-        return base.load_denoiser(device).eval()
-    tensors, info = load_adapter(Path(adapter))
+    """Load a base's denoiser, with a trained adapter if there is one."""
     denoiser = base.load_denoiser(device)
-    apply_adapter(denoiser, tensors, info.alpha)
+    if adapter is not None:
+        tensors, info = load_adapter(Path(adapter))
+        apply_adapter(denoiser, tensors, info.alpha)
     return denoiser.eval()

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kit.batch import SAMPLE_RATE
 from kit.data.buckets import nearest_bucket, parse_buckets
-from kit.data.fields import SAMPLE_RATE
 from kit.data.media import load_image, load_speech, normalize_loudness, probe
 from kit.errors import InputError
 from kit.models.base import Geometry
@@ -18,14 +18,14 @@ Size = tuple[int, int]
 """Height and width of a video in pixels."""
 
 
-def load_portrait(path: Path, buckets: str | Sequence[str]) -> tuple[Source, Size]:
+def load_portrait(path: Path, buckets: int | str | Sequence[str]) -> tuple[Source, Size]:
     """Load a portrait and choose the video's size after it."""
     picture = load_image(path)
     size = nearest_bucket(picture.shape[0], picture.shape[1], parse_buckets(buckets))
     return StillSource(picture, size), size
 
 
-def open_video(path: Path, buckets: str | Sequence[str], fps: int) -> tuple[Source, Size]:
+def open_video(path: Path, buckets: int | str | Sequence[str], fps: int) -> tuple[Source, Size]:
     """Open a source video and choose the new video's size after it."""
     info = probe(path)
     size = nearest_bucket(info.height, info.width, parse_buckets(buckets))

@@ -14,7 +14,7 @@ from pydantic import Field
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from kit.data.fields import SAMPLE_RATE
+from kit.batch import SAMPLE_RATE
 from kit.data.media import VideoWriter
 from kit.models.base import Encoders
 from kit.recipe import ExistingFile

@@ -1,0 +1,4 @@
+"""Measures of talking video, on finished pixels and sound; nothing here needs the model's parts.
+
+T frames, height and width in pixels; frames are uint8 RGB.
+"""
