@@ -16,7 +16,7 @@ RANKS = [
     {"batch", "masks"},
     {"solvers", "guidance", "speech", "recipe"},
     {"models", "data"},
-    {"adapters", "objectives", "sampling"},
+    {"adapters", "metrics", "objectives", "sampling", "studio"},
     {"training", "plugins"},
     {"run"},
     {"cli"},
@@ -126,11 +126,13 @@ def test_the_library_never_imports_content() -> None:
         assert not tops & {"plugins", "data", "recipes", "tests", "lightning_app"}, module
 
 
-@pytest.mark.parametrize(("folder", "room"), [("data", "data"), ("plugins", "sampling")])
-def test_content_imports_one_room_and_the_mathematics(folder: str, room: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "rooms"), [("data", {"data", "studio"}), ("plugins", {"sampling"})]
+)
+def test_content_imports_its_rooms_and_the_mathematics(folder: str, rooms: set[str]) -> None:
     for file in files(folder):
         parts = {part_of(name) for name in imports(file) if name.split(".")[0] == "kit"}
-        assert parts <= MATHEMATICS | {room}, file
+        assert parts <= MATHEMATICS | rooms, file
 
 
 @pytest.mark.parametrize("folder", ["plugins", "recipes", "data", "tests"])

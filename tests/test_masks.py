@@ -12,7 +12,7 @@ def test_blocks_shrink_to_positions() -> None:
 
 
 def test_anything_above_zero_is_inside() -> None:
-    masks = torch.tensor([[[0, 1], [128, 255]]], dtype=torch.uint8)
-    shrunk = latent_masks(masks, 1)
-    assert shrunk.dtype == torch.float32
-    assert shrunk.tolist() == [[[0, 1], [1, 1]]]
+    for masks in (torch.tensor([[[0, 1], [128, 255]]]).byte(), torch.tensor([[[0, 0.1], [1, 9]]])):
+        shrunk = latent_masks(masks, 1)
+        assert shrunk.dtype == torch.float32
+        assert shrunk.tolist() == [[[0, 1], [1, 1]]]

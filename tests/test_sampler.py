@@ -14,6 +14,7 @@ from kit.draws import draw_normal
 from kit.models.base import Encoders
 from kit.models.wan import Wan
 from kit.sampling.chunks import Chunk
+from kit.sampling.color import rgb_to_lab
 from kit.sampling.frames import StillSource, VideoSource, to_pictures, to_pixels
 from kit.sampling.pipeline import Scene, TalkSampler, no_progress
 
@@ -122,6 +123,26 @@ def test_context_is_the_portrait_then_the_last_frames(
     assert torch.equal(shown[0][:, :, :1], portrait)
     assert not torch.isclose(shown[0][:, :, 1:], portrait).all()
     assert torch.equal(shown[1][:, :, :2], tail)
+    assert not torch.equal(shown[0][:, :, 2:], shown[1][:, :, 2:])
+
+
+def test_references_follow_the_source_and_colours_its_first_frame(
+    denoiser: Wan, tiny_encoders: Encoders
+) -> None:
+    asked: list[int] = []
+
+    class Brightening:
+        def frame(self, index: int) -> Tensor:
+            asked.append(index)
+            return 0.1 * to_pixels(PORTRAIT)[:, :32, :32] + 0.03 * index
+
+    scene = replace(make_scene(17), source=Brightening())
+    video = torch.cat(sample(make_sampler(steps=1), denoiser, tiny_encoders, scene))
+    assert asked == [0, 0, 4, 8]
+    frames, first = rgb_to_lab(video.transpose(0, 1) / 2 + 0.5), Brightening().frame(0)
+    wanted = rgb_to_lab(first / 2 + 0.5)
+    for frame in frames.unbind(1):
+        torch.testing.assert_close(frame.mean((-2, -1)), wanted.mean((-2, -1)), rtol=0, atol=0.1)
 
 
 def test_guidance_runs_the_branches_it_needs(denoiser: Wan, tiny_encoders: Encoders) -> None:

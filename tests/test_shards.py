@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kit.batch import Batch
+from kit.data.clips import Selection, choose_window
 from kit.data.encode import encode_shards
 from kit.data.module import ShardData
 from kit.data.order import Draw, Order, epoch_batches
@@ -169,6 +170,16 @@ def test_what_a_batch_holds(
         assert batch.conditions.speaker_masks.sum() == 64
 
 
+def test_clips_choose_on_their_own(raw_shards: Path, shard_data: MakeData) -> None:
+    shards, plan = Shards(raw_shards), shard_data(raw_shards).plan
+    selection = Selection(plan, 0.5, 5, seed=0, frame_stride=4, pixel_stride=8)
+    chosen = [
+        [choose_window(shards, selection, (epoch, number))[1] for epoch in range(20)]
+        for number in range(3)
+    ]
+    assert chosen[0] != chosen[1] != chosen[2] != chosen[0]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("stop", [0, 1, 4, 6])
 def test_a_loader_goes_on_anywhere(
@@ -187,14 +198,17 @@ def test_a_loader_goes_on_anywhere(
 def test_another_number_of_processes_goes_on(
     encoded_shards: Path, shard_data: MakeData, tiny_encoders: Encoders
 ) -> None:
-    def keys(place: tuple[int, int], state: int) -> list[tuple[str, ...]]:
-        data = start(shard_data(encoded_shards), tiny_encoders, place)
-        data.train_dataloader().load_state_dict({"batches": state})
-        return [batch.keys for batch in batches(data)]
+    def begin(place: tuple[int, int]) -> ShardData:
+        return start(shard_data(encoded_shards), tiny_encoders, place)
 
-    alone = keys((0, 1), 0)
-    assert keys((0, 2), 4)[0] == alone[4]
-    assert keys((1, 2), 4)[0] == alone[5]
+    alone = list(batches(begin((0, 1))))
+    first = begin((0, 2))
+    assert len(list(islice(batches(first), 2))) == 2
+    state = first.train_dataloader().state_dict()
+    for place, number in (((0, 1), 4), ((0, 2), 4), ((1, 2), 5)):
+        data = begin(place)
+        data.train_dataloader().load_state_dict(state)
+        assert_same(next(batches(data)), alone[number])
 
 
 class Stopped(Exception):

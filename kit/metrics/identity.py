@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from kit.errors import InputError
 from kit.metrics.chunks import split_chunks
-from kit.metrics.mouth import COLOR_WIDTH, color_weight
 
 Features = Callable[[Tensor], Tensor]
 """Maps pictures, 0 to 1, [N, 3, height, width], to a vector each, [N, D]."""
+
+NEAR = 40.0
+"""RGB distance, of 255, at which a pixel counts exp(-1/2) as one of a colour."""
 
 _WEIGHTS = "model.safetensors"
 
@@ -94,7 +96,7 @@ def load_features(folder: Path) -> Features:
         raise InputError(f"{folder}: {' and '.join(missing)} missing; give a folder saved by timm")
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: timm cannot load this network: {error}") from error
     return _prepared(model.eval().requires_grad_(False))
 
@@ -102,19 +104,28 @@ def load_features(folder: Path) -> Features:
 def _compare(
     frames: Tensor, reference: Tensor, name: str, color: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    target = color_weight(reference, color, COLOR_WIDTH)
+    target = _nearness(reference, color)
     count = int((target > 0.5).sum())
     if not count:
         raise InputError(f"colors.{name}: no pixel of the reference is near {color}")
-    share = torch.stack([color_weight(frame, color, COLOR_WIDTH).mean() for frame in frames])
+    share = torch.stack([_nearness(frame, color).mean() for frame in frames])
     distances = [_nearest(frame, color, count) for frame in frames]
     return (share / target.mean() - 1).abs().clamp(max=1), torch.stack(distances)
 
 
 def _nearest(frame: Tensor, color: tuple[int, int, int], count: int) -> Tensor:
     """Mean distance of the nearest pixels from a colour."""
-    difference = frame.flatten(0, 1).float() - torch.tensor(color, device=frame.device)
-    return difference.norm(dim=-1).topk(count, largest=False).values.mean()
+    return _distances(frame, color).flatten().topk(count, largest=False).values.mean()
+
+
+def _nearness(picture: Tensor, color: tuple[int, int, int]) -> Tensor:
+    """Weight of each pixel, 1 at the colour. [height, width]"""
+    return torch.exp(_distances(picture, color).square() / (-2 * NEAR**2))
+
+
+def _distances(picture: Tensor, color: tuple[int, int, int]) -> Tensor:
+    distances: Tensor = (picture.float() - torch.tensor(color, device=picture.device)).norm(dim=-1)
+    return distances
 
 
 def _prepared(model: nn.Module) -> Features:

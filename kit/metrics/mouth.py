@@ -10,10 +10,12 @@ from torch import Tensor
 from kit.errors import InputError
 
 COLOR_WIDTH = 40.0
-"""Distance in RGB, of 255, at which a pixel counts exp(-1/2). Measured on drawn mouths at 64
-pixels: narrower loses openings to a codec's blur, wider counts dark outlines as mouth."""
+"""Distance in RGB, of 255, from the mixtures of mouth and surroundings at which a pixel counts
+exp(-1/2). On drawn mouths at 64 pixels, narrower bells lost openings to a codec's noise and wider
+ones counted dark outlines."""
 
 _CLOSED_SHARE, _OPEN_SHARE = 0.05, 0.95
+_MEDIAN_FRAMES = 16
 
 # Of 255; a mean of grey values differs by less only through rounding.
 _LEAST_CHANGE = 1e-2
@@ -46,26 +48,34 @@ def opening_by_color(
 ) -> Tensor:
     """Measure the area of a mouth whose inside has a colour of its own.
 
-    A pixel at distance d counts exp(-d^2 / (2 width^2)), so that blurred edges count in part.
-    The share is of the whole picture: a region that follows the mouth does not change it.
+    A pixel is taken as a mixture of that colour and of the surroundings, the region's median
+    colour, and counts as much as the mixture holds of the mouth: blur moves this area but keeps
+    its sum. One at distance d from all mixtures counts exp(-d^2 / (2 width^2)) of that. The share
+    is of the whole picture, so a region that follows the mouth does not change it.
 
     Args:
         frames: pixels. [T, height, width, 3]
         region: where to look; None is everywhere. [height, width] or [T, height, width]
         color: RGB inside the mouth, 0 to 255.
-        width: of the bell over distance in RGB, of 255.
+        width: of that bell, in RGB, of 255.
 
     Returns:
         Share of the picture, 0 to 1. [T]
 
     Raises:
-        InputError: the region is empty in some frame or has another size than the frames.
+        InputError: the region is empty in some frame, has another size than the frames, or holds
+            nothing but the mouth's colour.
     """
     regions = _regions(frames, region)
+    mouth = torch.tensor(color, device=frames.device).float()
+    surroundings = _surroundings(frames, regions, mouth, width)
+    size = frames.shape[1] * frames.shape[2]
     # One frame at a time: a minute of video in floating point does not fit in memory.
-    pairs = zip(frames, regions, strict=True)
-    shares = [(color_weight(frame, color, width) * inside).mean() for frame, inside in pairs]
-    return torch.stack(shares)
+    areas = [
+        _share_of_mouth(frame[inside].float(), mouth, surroundings, width).sum()
+        for frame, inside in zip(frames, regions, strict=True)
+    ]
+    return torch.stack(areas) / size
 
 
 def opening_by_motion(frames: Tensor, region: Tensor | None) -> Tensor:
@@ -73,7 +83,8 @@ def opening_by_motion(frames: Tensor, region: Tensor | None) -> Tensor:
 
     This is the first principal component of the grey values in a window of fixed size around the
     region. The 5th percentile of the clip counts as closed and the 95th as open, so it says when
-    a mouth moves but not how far, and a clip without speech shows noise.
+    a mouth moves but not how far, and a clip without speech shows noise. Where the head moves,
+    the region must follow it: under a fixed one, the head's movement is the larger.
 
     Args:
         frames: pixels. [T, height, width, 3]
@@ -83,7 +94,7 @@ def opening_by_motion(frames: Tensor, region: Tensor | None) -> Tensor:
         0 to 1; 0 throughout where nothing moves. [T]
 
     Raises:
-        InputError: as in `opening_by_color`.
+        InputError: the region is empty in some frame or has another size than the frames.
     """
     windows = frames if region is None else _windows(frames, _regions(frames, region))
     grey = torch.stack([window.float().mean(-1).flatten() for window in windows])
@@ -96,10 +107,23 @@ def opening_by_motion(frames: Tensor, region: Tensor | None) -> Tensor:
     return _stretch(-scores if brighter > 0 else scores)
 
 
-def color_weight(frames: Tensor, color: tuple[int, int, int], width: float) -> Tensor:
-    """Weigh pixels by nearness to a colour, 1 at the colour. [..., 3] to [...]"""
-    difference = frames.float() - torch.tensor(color, device=frames.device).float()
-    return torch.exp(difference.square().sum(-1) / (-2 * width**2))
+def _surroundings(frames: Tensor, regions: Tensor, mouth: Tensor, width: float) -> Tensor:
+    """Median colour of what is not mouth, from frames spread over the clip. [3]"""
+    step = max(1, len(frames) // _MEDIAN_FRAMES)
+    pixels = frames[::step][regions[::step]].float()  # [pixels, 3]
+    others = pixels[(pixels - mouth).norm(dim=-1) > width]
+    if not len(others):
+        near = tuple(int(value) for value in mouth)
+        raise InputError(f"region: it holds nothing but colours near the mouth's, {near}")
+    return others.median(0).values
+
+
+def _share_of_mouth(pixels: Tensor, mouth: Tensor, surroundings: Tensor, width: float) -> Tensor:
+    """Part of each pixel that is mouth, 0 to 1. [pixels, 3] to [pixels]"""
+    way = mouth - surroundings
+    share = ((pixels - surroundings) @ way / way.square().sum()).clamp(0, 1)
+    apart = pixels - surroundings - share[:, None] * way
+    return share * torch.exp(apart.square().sum(-1) / (-2 * width**2))
 
 
 def _between(positions: Tensor, low: Tensor, high: Tensor) -> Tensor:

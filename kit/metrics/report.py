@@ -23,7 +23,7 @@ class Known:
         mouth_color: RGB inside the mouth; without it the mouth is read from motion.
         full_opening: what `opening_by_color` says of the mouth wide open; without it, the 95th
             percentile of this clip, so that a mouth that never moves seems open in silence.
-        closed_opening: what it says of the closed mouth.
+        closed_opening: what it says of the closed mouth; more than 0 where dark lips count in part.
         reference: pixels of the character as it should be. [height, width, 3]
         colors: RGB of the character's parts by name, all of them in the reference.
         other_speech: track of another speaker, at 16 kHz. [samples]

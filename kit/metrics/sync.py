@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kit.data.fields import SAMPLE_RATE
+from kit.batch import SAMPLE_RATE
 
 FLOOR_DB, CEILING_DB = -45.0, -10.0
 """Level of a frame, in dB of full scale, that counts as silence and as loudest: 22 below and 13
@@ -53,7 +53,7 @@ def speech_envelope(waveform: Tensor, fps: float, num_frames: int) -> Tensor:
 def lip_sync(opening: Tensor, envelope: Tensor, max_lag: int = 8) -> LipSync:
     """Correlate a mouth with a sound at each delay and keep the highest.
 
-    The highest of many is above 0 by chance: about 0.2 for unrelated signals of 100 frames.
+    The highest of many is above 0 by chance: about 0.2 for white noise of 100 frames.
 
     Args:
         opening: how far the mouth is open, in any unit. [T]

@@ -22,8 +22,9 @@ from kit.sampling.pipeline import Scene
 from kit.training.checkpoints import newest_checkpoint, require_same_recipe
 from kit.training.curves import read_curves
 from kit.training.ema import AdapterEMA
-from kit.training.module import FineTuning, LossNotFinite
+from kit.training.module import Fitting, LossNotFinite
 from kit.training.previews import Previews
+from kit.training.task import DenoiserTask
 
 RUNS = Path("runs")
 
@@ -70,9 +71,8 @@ def _train(
     denoiser = parts.base.load_denoiser(device)
     parts.adapter.inject(denoiser, seed)
     denoiser.checkpoint_activations(parts.training.checkpoint_blocks)
-    module = FineTuning(
-        denoiser, parts.objective, parts.dropout, parts.optimizer, seed, dict(recipe.values)
-    )
+    task = DenoiserTask(denoiser, parts.objective, parts.dropout, seed)
+    module = Fitting(task, parts.optimizer, seed, dict(recipe.values))
     trained = sum(parameter.numel() for parameter in module.trained().values())
     module.train()
     report(f"{trained:,} of {sum(p.numel() for p in denoiser.parameters()):,} parameters train")
@@ -102,7 +102,7 @@ def _finish(
     recipe: Recipe,
     parts: FitParts,
     folder: Path,
-    module: FineTuning,
+    module: Fitting,
     trainer: Trainer,
     ema: AdapterEMA,
     seconds: float,

@@ -24,17 +24,17 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 MOUTH: Color = (130, 20, 40)
 """Inside of every mouth, and of nothing else."""
 
-INK: Color = (44, 38, 62)
+INK: Color = (38, 40, 78)
 """All outlines."""
 
 # fmt: off
 SKINS: dict[str, Color] = {
-    "fair": (255, 226, 206), "tan": (230, 178, 136), "brown": (172, 118, 84),
-    "dark": (122, 84, 68), "blue": (150, 190, 240), "green": (164, 222, 160),
-    "lilac": (208, 176, 240),
+    "fair": (255, 226, 206), "tan": (234, 184, 144), "brown": (188, 132, 96),
+    "dark": (128, 88, 70), "blue": (150, 190, 240), "green": (164, 222, 160),
+    "lilac": (216, 176, 240),
 }
 HAIR: dict[str, Color] = {
-    "black": (58, 58, 74), "brown": (128, 84, 52), "blonde": (246, 212, 96),
+    "black": (60, 62, 84), "brown": (128, 84, 52), "blonde": (246, 212, 96),
     "orange": (240, 132, 48), "pink": (248, 142, 190), "blue": (62, 106, 222),
     "green": (62, 166, 88), "white": (238, 238, 246),
 }
@@ -43,13 +43,13 @@ EYES: dict[str, Color] = {
     "purple": (150, 84, 214), "amber": (244, 172, 32), "pink": (244, 112, 178),
 }
 CLOTHES: dict[str, Color] = {
-    "red": (234, 84, 76), "orange": (246, 158, 62), "yellow": (250, 222, 88),
+    "red": (238, 92, 88), "orange": (248, 168, 56), "yellow": (250, 222, 88),
     "green": (84, 178, 104), "blue": (74, 122, 222), "purple": (150, 98, 206),
-    "white": (244, 244, 250), "black": (66, 66, 84),
+    "white": (244, 244, 250), "black": (70, 72, 92),
 }
 WALLS: dict[str, Color] = {
     "pink": (250, 184, 206), "yellow": (252, 234, 138), "green": (166, 224, 158),
-    "blue": (146, 200, 248), "purple": (192, 166, 242), "orange": (252, 186, 122),
+    "blue": (146, 200, 248), "purple": (188, 154, 244), "orange": (250, 176, 108),
     "grey": (148, 152, 160), "white": (248, 247, 242),
 }
 # fmt: on

@@ -1,12 +1,12 @@
-"""The rule from sound to mouth, and how an opening is measured in a picture.
+"""The rule from sound to mouth.
 
 For frame k of a video at 25 frames per second only sound up to (k + 1) / 25 s counts. Every 10 ms
-the level of the last 60 ms is measured in dB below full scale. Opening aims at 0 below -46 dB and
-at 1 above -20 dB, in proportion between them; it follows its aim upwards with a time constant of
+the level of the last 60 ms is measured in dB of full scale. Opening aims at 0 below -40 dB and at
+1 above -17 dB, in proportion between them; it follows its aim upwards with a time constant of
 20 ms, downwards with 60 ms, and is exactly 0 below 0.02. Width aims at the spectral centroid of
 the same 60 ms on a log scale, 0 at 300 Hz and 1 at 3000 Hz, and at 0.5 in silence; it follows with
-50 ms. The levels hold for tracks of -23 LUFS, which is what shards contain: speech reaches about
--15 dB, and background noise at -50 dB leaves the mouth shut.
+50 ms. The levels hold for tracks of -23 LUFS, which is what shards contain: syllables of the
+studio's voices then lie between -31 and -16 dB, its background noise below -50 dB.
 """
 
 import math
@@ -16,14 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kit.data.fields import SAMPLE_RATE
-from kit.studio.characters import MOUTH
+from kit.batch import SAMPLE_RATE
 
 FPS = 25
 SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
 
-FLOOR_DB = -46.0
-CEILING_DB = -20.0
+FLOOR_DB = -40.0
+CEILING_DB = -17.0
 NEUTRAL_WIDTH = 0.5
 
 _STEP = SAMPLE_RATE // 100
@@ -32,7 +31,6 @@ _STEPS_PER_FRAME = SAMPLES_PER_FRAME // _STEP
 _ATTACK, _RELEASE, _WIDTH = (1 - math.exp(-10 / ms) for ms in (20, 60, 50))
 _SMALLEST_OPENING = 0.02
 _CENTROID_HZ = (300.0, 3000.0)
-_COLOR_RADIUS = 90.0
 
 Floats = NDArray[np.float64]
 
@@ -66,19 +64,6 @@ def follow_speech(track: Tensor, num_frames: int) -> Mouth:
     last = slice(_STEPS_PER_FRAME - 1, None, _STEPS_PER_FRAME)
     opening, width = opening[last], width[last]
     return Mouth(np.where(opening < _SMALLEST_OPENING, 0.0, opening), width)
-
-
-def mouth_nearness(picture: NDArray[np.uint8]) -> Floats:
-    """Tell how near each pixel is to the colour inside mouths, 0 to 1; its sum is an area.
-
-    Args:
-        picture: RGB. [H, W, 3], or more in front.
-
-    Returns:
-        [H, W]
-    """
-    distance = np.linalg.norm(picture.astype(np.float64) - np.array(MOUTH), axis=-1)
-    return np.clip(1 - distance / _COLOR_RADIUS, 0, 1)
 
 
 def _last_pieces(track: Tensor, num_steps: int) -> Floats:

@@ -52,7 +52,8 @@ class Place:
     def pixels(self, points: Floats) -> Floats:
         """Turn head units into pixels. [N, 2]"""
         cosine, sine = np.cos(self.roll), np.sin(self.roll)
-        return points @ np.array([[cosine, sine], [-sine, cosine]]) * self.unit + self.middle
+        turn: Floats = np.array([[cosine, sine], [-sine, cosine]])
+        return points @ turn * self.unit + self.middle
 
 
 class Canvas:

@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from kit.training.module import FineTuning
+from kit.training.module import Fitting
 
 
 class AdapterEMA(Callback):
@@ -49,7 +49,7 @@ class AdapterEMA(Callback):
         self.average = dict(state_dict["average"])
 
     @contextmanager
-    def applied(self, module: FineTuning) -> Iterator[None]:
+    def applied(self, module: Fitting) -> Iterator[None]:
         """Let the module work with the averaged weights for a while."""
         trained = module.trained()
         before = {name: parameter.detach().clone() for name, parameter in trained.items()}
@@ -61,7 +61,7 @@ class AdapterEMA(Callback):
 
 
 def _trained(module: LightningModule) -> dict[str, torch.nn.Parameter]:
-    assert isinstance(module, FineTuning)
+    assert isinstance(module, Fitting)
     return module.trained()
 
 

@@ -1,4 +1,4 @@
-"""The LightningModule: a frozen denoiser with an adapter, an objective, a small checkpoint."""
+"""The LightningModule: a task's network, its optimiser, and a checkpoint of what trains."""
 
 from typing import Any
 
@@ -8,13 +8,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from kit.adapters.lora import trained_parameters
-from kit.batch import Batch
 from kit.draws import seed_of
 from kit.errors import InputError
-from kit.models.base import Denoiser
-from kit.objectives.base import Objective
-from kit.training.dropout import ConditionDropout
 from kit.training.optim import AdamW
+from kit.training.task import Task, total
 
 
 class LossNotFinite(RuntimeError):
@@ -31,16 +28,14 @@ class LossNotFinite(RuntimeError):
         self.report = report
 
 
-class FineTuning(LightningModule):
-    """Trains what the adapter opened of a denoiser.
+class Fitting(LightningModule):
+    """Trains what a task opened of its network.
 
     A checkpoint holds only what trains. All random choices are functions of (seed, epoch, sample),
     so nothing about randomness is saved.
 
     Args:
-        denoiser: with its adapter.
-        objective: turns a batch into losses.
-        dropout: drops conditions before the objective sees them.
+        task: owns the network and turns batches into losses.
         optimizer: makes the optimiser and the course of its rate.
         seed: of the run.
         recipe: the resolved recipe, plain values; kept in checkpoints.
@@ -49,26 +44,17 @@ class FineTuning(LightningModule):
     # Frozen weights are not in checkpoints; `on_load_checkpoint` is strict about all others.
     strict_loading = False
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        objective: Objective,
-        dropout: ConditionDropout,
-        optimizer: AdamW,
-        seed: int,
-        recipe: dict[str, Any],
-    ) -> None:
+    def __init__(self, task: Task, optimizer: AdamW, seed: int, recipe: dict[str, Any]) -> None:
         super().__init__()
-        self.denoiser = denoiser
-        self.objective = objective
-        self.dropout = dropout
+        self.network = task.network
+        self.task = task
         self.optimizer = optimizer
         self.seed = seed
         self.recipe = recipe
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """Name the parameters that train, as an adapter file names them."""
-        return trained_parameters(self.denoiser)
+        return trained_parameters(self.network)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Make the optimiser of what trains; its rate changes with every step."""
@@ -79,17 +65,15 @@ class FineTuning(LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Drop conditions, ask the objective, add its losses up."""
-        # Dropout inside the adapter draws from torch's own generator.
-        torch.manual_seed(seed_of(self.seed, *batch.draws.flatten().tolist(), "network"))
-        losses = self.objective.losses(
-            self.denoiser, self.dropout.drop(batch, self.seed), self.seed
-        )
-        loss = torch.stack(list(losses.values())).sum()
-        self._require_finite(losses, batch)
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Ask the task for losses and add them up."""
+        keys, draws = self.task.names(batch)
+        # Dropout inside the network draws from torch's own generator.
+        torch.manual_seed(seed_of(self.seed, *sum(draws, []), "network"))
+        losses = self.task.losses(batch)
+        self._require_finite(losses, keys, draws)
         values = {name: value.detach() for name, value in losses.items()}
-        return {"loss": loss, "losses": values, "samples": len(batch.keys)}
+        return {"loss": total(losses), "losses": values, "samples": len(keys)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen weights out and put the recipe in."""
@@ -108,15 +92,17 @@ class FineTuning(LightningModule):
                 f"such as {differing[0]}"
             )
 
-    def _require_finite(self, losses: dict[str, Tensor], batch: Batch) -> None:
+    def _require_finite(
+        self, losses: dict[str, Tensor], keys: list[str], draws: list[list[int]]
+    ) -> None:
         if all(torch.isfinite(value) for value in losses.values()):
             return
         raise LossNotFinite(
             {
                 "step": self.trainer.global_step,
                 "losses": {name: value.item() for name, value in losses.items()},
-                "keys": list(batch.keys),
-                "draws": batch.draws.tolist(),
+                "keys": keys,
+                "draws": draws,
                 "seed": self.seed,
             }
         )

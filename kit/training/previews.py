@@ -21,7 +21,7 @@ from kit.recipe import ExistingFile
 from kit.sampling.frames import to_pictures
 from kit.sampling.pipeline import Scene, TalkSampler, no_progress
 from kit.training.ema import AdapterEMA
-from kit.training.module import FineTuning
+from kit.training.module import Fitting
 
 GIF_EVERY = 2
 """TensorBoard gets every n-th frame."""
@@ -102,22 +102,22 @@ class Previews(Callback):
         if step == self._last_step or not due or not trainer.is_global_zero:
             return
         self._last_step = step
-        assert isinstance(pl_module, FineTuning)
+        assert isinstance(pl_module, Fitting)
         path = self.folder / f"step-{step:08d}.mp4"
-        pl_module.denoiser.eval()
+        pl_module.network.eval()
         with self.ema.applied(pl_module):
             frames, speech = self._make(pl_module, path)
-        pl_module.denoiser.train()
+        pl_module.network.train()
         if isinstance(trainer.logger, TensorBoardLogger):
             _log(trainer.logger.experiment, frames, speech, step, self.fps)
 
-    def _make(self, module: FineTuning, path: Path) -> tuple[np.ndarray, torch.Tensor]:
+    def _make(self, module: Fitting, path: Path) -> tuple[np.ndarray, torch.Tensor]:
         path.parent.mkdir(parents=True, exist_ok=True)
         scene = self.load_scene()
         chunks = [
             to_pictures(pixels)
             for pixels in self.sampler.sample(
-                module.denoiser, self.load_encoders(), scene, self.settings.seed, no_progress
+                module.network, self.load_encoders(), scene, self.settings.seed, no_progress
             )
         ]
         frames, speech = np.concatenate(chunks), scene.tracks.sum(0)

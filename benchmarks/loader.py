@@ -1,0 +1,58 @@
+"""Samples per second of the loader, raw and encoded, with 0, 1 and 2 workers.
+
+    python benchmarks/loader.py runs/quickstart/shards
+
+The two kinds are read in turn, three times, and the median is printed; raw samples are decoded but
+not encoded. `data/README.md` tells what they hold.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+from kit.data.module import ShardData
+
+BATCHES = 60
+ROUNDS = 3
+
+
+def main() -> None:
+    """Read the folder's raw and encoded shards and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="raw shards with an `encoded` folder inside")
+    folder = parser.parse_args().folder
+    print(f"{'workers':>8} {'raw':>10} {'encoded':>10} {'ratio':>7}   samples/s")
+    for workers in (0, 1, 2):
+        rounds = [
+            (rate(folder, workers), rate(folder / "encoded", workers)) for _ in range(ROUNDS)
+        ]
+        raw, encoded = (statistics.median(column) for column in zip(*rounds, strict=True))
+        print(f"{workers:>8} {raw:>10.1f} {encoded:>10.1f} {encoded / raw:>7.1f}")
+
+
+def rate(folder: Path, workers: int) -> float:
+    """Read some batches and give samples per second, the start of the workers left out."""
+    data = ShardData(
+        4,
+        8,
+        25,
+        None,
+        path=str(folder),
+        batch_size=2,
+        window_frames=33,
+        windows_per_clip=3,
+        references_per_window=1,
+        num_workers=workers,
+    )
+    # Raw clips are not encoded here: no encoders are asked for before a batch is moved.
+    data.prepare_run(lambda: None, seed=0, num_batches=BATCHES + 1, place=(0, 1))  # type: ignore[arg-type, return-value]
+    batches = iter(data.train_dataloader())
+    next(batches)
+    started = time.perf_counter()
+    samples = sum(2 for _ in batches)
+    return samples / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
