@@ -24,9 +24,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     print(f"{'workers':>8} {'raw':>10} {'encoded':>10} {'ratio':>7}   samples/s")
     for workers in (0, 1, 2):
-        rounds = [
-            (rate(folder, workers), rate(folder / "encoded", workers)) for _ in range(ROUNDS)
-        ]
+        rounds = [(rate(folder, workers), rate(folder / "encoded", workers)) for _ in range(ROUNDS)]
         raw, encoded = (statistics.median(column) for column in zip(*rounds, strict=True))
         print(f"{workers:>8} {raw:>10.1f} {encoded:>10.1f} {encoded / raw:>7.1f}")
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kit.data.fields import INDEX_NAME
 from kit.data.writer import ShardWriter
 from kit.draws import seed_of
 from kit.errors import InputError
@@ -28,6 +29,8 @@ from kit.studio.voices import Corpus, build_corpus
 
 log = logging.getLogger("prepare_studio")
 
+# Pictures with two characters are half as wide again, and bases want multiples of 16.
+_SIZE_STEP = 32
 _SHEET_COLUMNS = 8
 _SHEET_SCALE = 3
 
@@ -50,6 +53,7 @@ class Job:
 def main(words: list[str]) -> None:
     """Read the command line and write the shards."""
     options = _read(words)
+    _check(options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     world = World(options.split, options.seed, options.height, options.two_speakers)
     num_frames = max(1, round(options.seconds * FPS / 4)) * 4 + 1
@@ -58,9 +62,8 @@ def main(words: list[str]) -> None:
     if options.speech is None or not (speech / options.split).exists():
         build_corpus(speech, options.split, options.speech_seconds)
     job = Job(world, num_frames, speech)
-    numbers = range(options.first, options.first + options.clips)
-    wanted = [("clip", number) for number in numbers]
-    wanted += [("still", number) for number in range(options.stills)]
+    wanted = [("clip", options.first + number) for number in range(options.clips)]
+    wanted += [("still", options.first + number) for number in range(options.stills)]
     if options.sheet is not None:
         save_sheet(job, wanted, options.sheet)
     with ShardWriter(options.out, "raw", max_samples=64) as writer:
@@ -95,6 +98,15 @@ def save_sheet(job: Job, wanted: list[tuple[str, int]], path: Path, count: int =
     sheet.save(path)
 
 
+def _check(options: argparse.Namespace) -> None:
+    if options.height < _SIZE_STEP or options.height % _SIZE_STEP:
+        raise InputError(f"--height: {options.height} is not a multiple of {_SIZE_STEP}")
+    if not 0 <= options.two_speakers <= 1:
+        raise InputError(f"--two-speakers: {options.two_speakers} is not from 0 to 1")
+    if (options.out / INDEX_NAME).exists():
+        raise InputError(f"{options.out} already holds shards; give another folder")
+
+
 def _made(
     job: Job, wanted: list[tuple[str, int]], num_processes: int
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -121,7 +133,9 @@ def _read(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=64, help="of the pictures, in pixels")
     parser.add_argument("--two-speakers", type=float, default=0.25, help="their share, 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="of the world")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="first clip's number")
+    parser.add_argument(
+        "--from", type=int, default=0, dest="first", help="number of the first clip and still"
+    )
     parser.add_argument("--speech", type=Path, help="its folder; default: `speech` beside OUT")
     parser.add_argument("--speech-seconds", type=float, default=1200.0, help="to record if need be")
     parser.add_argument("--processes", type=int, default=2)

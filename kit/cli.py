@@ -55,7 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kit {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_prepare, _add_fit, _add_sample, _add_export, _add_check, _add_plugins):
+    for add in (
+        _add_prepare,
+        _add_fit,
+        _add_pretrain,
+        _add_sample,
+        _add_export,
+        _add_check,
+        _add_plugins,
+    ):
         add(commands)
     return parser
 
@@ -106,6 +114,12 @@ def _add_fit(commands: _Commands) -> None:
     _add_recipe(_add(commands, "fit", "train an adapter as a recipe says", example, _fit))
 
 
+def _add_pretrain(commands: _Commands) -> None:
+    text = "train a network around the denoiser, for a small base of your own"
+    example = "kit pretrain recipes/studio/video.yaml"
+    _add_recipe(_add(commands, "pretrain", text, example, _pretrain))
+
+
 def _add_sample(commands: _Commands) -> None:
     example = "kit sample recipes/quickstart_sample.yaml seed=7"
     _add_recipe(_add(commands, "sample", "make a video as a recipe says", example, _sample))
@@ -137,7 +151,11 @@ def _add_check(commands: _Commands) -> None:
     example = "kit check recipes/quickstart.yaml\n  kit check --schema fit --out fit.schema.json"
     add = _add(commands, "check", text, example, _check).add_argument
     add("words", nargs="*", metavar="PATH | key=value", help="recipes or folders, then overrides")
-    add("--schema", choices=("fit", "sample"), help="describe the recipes of a command as JSON")
+    add(
+        "--schema",
+        choices=("fit", "sample", "pretrain"),
+        help="describe the recipes of a command as JSON",
+    )
     add("--out", type=Path, metavar="FILE", help="where to write the description")
 
 
@@ -168,6 +186,12 @@ def _fit(arguments: _Arguments) -> None:
     fit(arguments.recipe, arguments.overrides, report=print)
 
 
+def _pretrain(arguments: _Arguments) -> None:
+    from kit.run.pretrain import pretrain
+
+    pretrain(arguments.recipe, arguments.overrides, report=print)
+
+
 def _sample(arguments: _Arguments) -> None:
     from kit.run.sample import sample
 
@@ -185,7 +209,9 @@ def _check(arguments: _Arguments) -> None:
     overrides = [word for word in arguments.words if "=" in word]
     paths = [word for word in arguments.words if "=" not in word]
     if not paths and arguments.schema is None:
-        raise InputError("check: name a recipe, a folder of shards, or --schema fit|sample")
+        raise InputError(
+            "check: name a recipe, a folder of shards, or --schema fit|sample|pretrain"
+        )
     from kit.run.check import check, describe
 
     if arguments.schema is not None:

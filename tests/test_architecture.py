@@ -18,6 +18,7 @@ RANKS = [
     {"models", "data"},
     {"adapters", "metrics", "objectives", "sampling", "studio"},
     {"training", "plugins"},
+    {"pretraining"},
     {"run"},
     {"cli"},
     {"__main__"},

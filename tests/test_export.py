@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,16 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kit.adapters.export import FORMATS, Exported, export_adapter
+from kit.adapters.export import Exported, export_adapter
 from kit.adapters.files import AdapterInfo, write_adapter
+from kit.adapters.full import Full
 from kit.adapters.lora import Lora, trained_parameters
 from kit.batch import Batch
 from kit.draws import draw_normal
 from kit.errors import InputError
 from kit.models.keys import our_name, public_name
 from kit.models.wan import Wan
+from kit.models.wan_base import WanBase
 
 MakeWan = Callable[[], Wan]
+TINY_BASE = Path(__file__).parents[1] / "data" / "tiny_base"
 RECIPE = """
 seed: 3
 objective: {type: flow_matching, sigma: uniform, shift: 7.0}
@@ -131,7 +135,7 @@ def test_merged_by_public_names_it_computes_the_same(
     assert not torch.allclose(velocity(tiny_denoiser(), batch), velocity(trained, batch), atol=0.1)
 
 
-@pytest.mark.parametrize("target", sorted(FORMATS))
+@pytest.mark.parametrize("target", ["comfyui", "diffusers"])
 def test_audio_goes_to_a_file_of_its_own(adapter: Path, target: str, tmp_path: Path) -> None:
     exported, trunk = export(adapter, target, tmp_path)
     audio = load_file(exported.files[1])
@@ -187,3 +191,27 @@ def test_nothing_is_written_on_an_error(adapter: Path, tmp_path: Path, is_adapte
     with pytest.raises(InputError, match=message):
         export_adapter(source, target, out, public_name)
     assert not out.exists()
+
+
+def test_a_fully_trained_denoiser_becomes_a_base(
+    tiny_denoiser: MakeWan, batch: Batch, tmp_path: Path
+) -> None:
+    denoiser = tiny_denoiser()
+    Full(start=0.5).inject(denoiser, seed=0)
+    for parameter in denoiser.parameters():
+        parameter.data = parameter.half().float()
+    info = AdapterInfo("ann", "wan", 0, 0.0, (), ("all",), 9, RECIPE)
+    write_adapter(tmp_path / "all.safetensors", trained_parameters(denoiser), info)
+    shutil.copytree(TINY_BASE, tmp_path / "base")
+    export_adapter(tmp_path / "all.safetensors", "base", tmp_path / "base", public_name)
+    loaded = WanBase(path=str(tmp_path / "base"), random_weights=1, dtype="float32")
+    again = loaded.load_denoiser(torch.device("cpu"))
+    sigma = torch.full((len(batch.keys),), 0.5)
+    with torch.no_grad():
+        expected = denoiser(batch.latents, sigma, batch.conditions)
+        assert torch.equal(again(batch.latents, sigma, batch.conditions), expected)
+
+
+def test_an_adapter_is_no_base(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="only a fully trained denoiser is a base"):
+        export_adapter(adapter, "base", tmp_path, public_name)

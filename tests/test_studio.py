@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -302,3 +303,19 @@ def test_missing_speech_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(InputError, match="apt-get install espeak-ng"):
         build_corpus(tmp_path, "val", 1.0)
     assert build_corpus(VOICES, "val", 1.0).utterances
+
+
+@pytest.mark.parametrize(
+    ("options", "finding"),
+    [
+        (["--height", "48"], "--height: 48 is not a multiple of 32"),
+        (["--two-speakers", "2"], "--two-speakers: 2.0 is not from 0 to 1"),
+        ([], "already holds shards"),
+    ],
+)
+def test_what_cannot_be_written_is_said(
+    studio_shards: Path, options: list[str], finding: str
+) -> None:
+    main = runpy.run_path(str(DATA / "prepare_studio.py"))["main"]
+    with pytest.raises(InputError, match=finding):
+        main([str(studio_shards), "--speech", str(VOICES), *options])

@@ -54,48 +54,85 @@ def export_adapter(source: Path, target: str, out: Path, public_name: PublicName
         raise InputError(f"export: unknown format '{target}'{did_you_mean(target, FORMATS)}")
     tensors, info = load_adapter(source)
     out.mkdir(parents=True, exist_ok=True)
-    trunk = {n: t for n, t in tensors.items() if n.startswith(TRUNK) and "audio" not in n}
-    trunk = {n: t for n, t in trunk.items() if ".lora_" in n}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in trunk}
-    files, matched = [], dict[str, Tensor]()
-    if trunk:
-        name, matched, header = FORMATS[target](trunk, info, public_name)
-        save_file(matched, out / name, metadata=header)
-        files.append(out / name)
-    if rest:
-        path = out / f"{info.name}_audio.safetensors"
-        save_file(_public(rest, info, public_name), path, metadata={"format": "pt"})
-        files.append(path)
-    reason = f"no layer of Wan's trunk; in {info.name}_audio.safetensors"
-    return Exported(tuple(files), tuple(matched), dict.fromkeys(rest, reason))
-
-
-_Written = tuple[str, dict[str, Tensor], dict[str, str]]
+    return FORMATS[target](tensors, info, out, public_name)
 
 
 def _diffusers(
-    tensors: Mapping[str, Tensor], info: AdapterInfo, public_name: PublicName
-) -> _Written:
-    layers = {_layer(name).removeprefix(TRUNK) for name in tensors}
-    header = metadata(info, layers, info.alpha)
-    return "pytorch_lora_weights.safetensors", dict(tensors), header
+    tensors: Mapping[str, Tensor], info: AdapterInfo, out: Path, public_name: PublicName
+) -> Exported:
+    trunk, rest = _split(tensors)
+    header = metadata(info, _layers(trunk), info.alpha)
+    file = out / "pytorch_lora_weights.safetensors"
+    return _save(file, trunk, header, rest, info, public_name)
 
 
-def _comfyui(tensors: Mapping[str, Tensor], info: AdapterInfo, public_name: PublicName) -> _Written:
+def _comfyui(
+    tensors: Mapping[str, Tensor], info: AdapterInfo, out: Path, public_name: PublicName
+) -> Exported:
     # Some loaders ignore alpha, all agree where it equals the rank: the scale goes into `up`.
-    layers = {_layer(name).removeprefix(TRUNK) for name in tensors}
-    written = {
-        f"diffusion_model.{name}": tensor
-        for name, tensor in _public(tensors, info, public_name).items()
+    trunk, rest = _split(tensors)
+    header = metadata(info, _layers(trunk), float(info.rank))
+    named = _public(trunk, info, public_name)
+    written = {f"diffusion_model.{name}": tensor for name, tensor in named.items()}
+    return _save(out / f"{info.name}_comfyui.safetensors", written, header, rest, info, public_name)
+
+
+def _base(
+    tensors: Mapping[str, Tensor], info: AdapterInfo, out: Path, public_name: PublicName
+) -> Exported:
+    """Write the denoiser's part of a base folder, in half precision."""
+    if info.train_fully != ("all",):
+        raise InputError("export: only a fully trained denoiser is a base; this is an adapter")
+    halves = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
+    audio = {name: tensor for name, tensor in halves.items() if "audio" in name or "norm_x" in name}
+    trunk = {n.removeprefix(TRUNK): t for n, t in halves.items() if n not in audio}
+    files = {
+        out / "transformer" / "diffusion_pytorch_model.safetensors": trunk,
+        out / "audio" / "model.safetensors": _public(audio, info, public_name),
     }
-    return f"{info.name}_comfyui.safetensors", written, metadata(info, layers, float(info.rank))
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(content, path, metadata={"format": "pt"})
+    return Exported(tuple(files), tuple(tensors), {})
 
 
-FORMATS: dict[str, Callable[[Mapping[str, Tensor], AdapterInfo, PublicName], _Written]] = {
-    "diffusers": _diffusers,
-    "comfyui": _comfyui,
-}
+Writer = Callable[[Mapping[str, Tensor], AdapterInfo, Path, PublicName], Exported]
+
+FORMATS: dict[str, Writer] = {"diffusers": _diffusers, "comfyui": _comfyui, "base": _base}
 """Name to writer."""
+
+
+def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Part the factors on Wan's trunk from all the rest."""
+    trunk = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(TRUNK) and ".lora_" in name and "audio" not in name
+    }
+    return trunk, {name: tensor for name, tensor in tensors.items() if name not in trunk}
+
+
+def _save(
+    file: Path,
+    trunk: dict[str, Tensor],
+    header: dict[str, str],
+    rest: Mapping[str, Tensor],
+    info: AdapterInfo,
+    public_name: PublicName,
+) -> Exported:
+    files = []
+    if trunk:
+        save_file(trunk, file, metadata=header)
+        files.append(file)
+    if rest:
+        files.append(file.parent / f"{info.name}_audio.safetensors")
+        save_file(_public(rest, info, public_name), files[-1], metadata={"format": "pt"})
+    reason = f"no layer of Wan's trunk; in {info.name}_audio.safetensors"
+    return Exported(tuple(files), tuple(trunk), dict.fromkeys(rest, reason))
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> set[str]:
+    return {_layer(name).removeprefix(TRUNK) for name in tensors}
 
 
 def _public(

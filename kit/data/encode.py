@@ -27,6 +27,9 @@ from kit.errors import InputError
 from kit.reference import followed_by_grey
 from kit.speech import speech_windows
 
+COPIED = ("json", "txt", "truth.json")
+"""Members that an encoded sample takes over from the raw one, beside the masks."""
+
 SILENCE_SAMPLES = 3200
 """Length of the silence that shows how wide speech features are: 0.2 s at 16 kHz."""
 
@@ -166,7 +169,7 @@ def _encoded(
         "null_text": encoder.text(encoder.negative_text).clone(),
     }
     speech = {"speech": encoder.speech(read_tracks(shards, number))}
-    copied = [m for m in shards.members(number) if m in ("json", "txt") or m.startswith("speaker")]
+    copied = [m for m in shards.members(number) if m in COPIED or m.startswith("speaker")]
     members = {member: shards.read(number, member) for member in copied}
     members["text.safetensors"] = save(texts)
     members["speech.safetensors"] = save(speech)

@@ -152,7 +152,7 @@ class ShardData(LightningDataModule):
 
     def prepare_run(
         self,
-        load_encoders: Callable[[], ClipEncoders],
+        load_encoders: Callable[[], ClipEncoders] | None,
         seed: int,
         num_batches: int,
         place: tuple[int, int],
@@ -160,7 +160,8 @@ class ShardData(LightningDataModule):
         """Open the shards for a run.
 
         Args:
-            load_encoders: called once if the shards are raw.
+            load_encoders: called once if the shards are raw; without it raw samples are handed
+                out as they are.
             seed: of the run.
             num_batches: batches that one process will use.
             place: (rank, world) of this process.
@@ -175,7 +176,9 @@ class ShardData(LightningDataModule):
             self.pixel_stride,
         )
         is_raw = shards.kind == "raw"
-        self.encoder = self.clip_encoder(load_encoders()) if is_raw else None
+        self.encoder = None
+        if is_raw and load_encoders is not None:
+            self.encoder = self.clip_encoder(load_encoders())
         clips = RawClips(shards, selection) if is_raw else EncodedClips(shards, selection)
         order = Order([self._bucket(shards, i) for i in range(len(shards))], self.batch_size, seed)
         self.loader = ResumableLoader(
@@ -192,12 +195,11 @@ class ShardData(LightningDataModule):
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Batch:
+    ) -> Any:
         """Encode raw samples where the encoders are, and move the batch."""
         if self.encoder is not None:
             batch = collate([self.encoder.sample(raw, self.frame_stride) for raw in batch])
-        assert isinstance(batch, Batch)
-        return batch.to(device)
+        return batch.to(device) if isinstance(batch, Batch) else batch
 
     def _bucket(self, shards: Shards, number: int) -> tuple[int, int, int]:
         meta = shards.meta(number)

@@ -138,7 +138,7 @@ class WanEncoders:
         text_dtype: of the text encoder, by far the largest; the others are float32.
         fps: frames per second of speech features.
         text_length: text tokens at most.
-        random_weights: seed to draw weights from; None to read them.
+        random_weights: seed to draw weights from where there are none; None reads all of them.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class WanEncoders:
     def _load(self, kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         logger.info("loading %s from %s", kind.__name__, folder)
         network: Any
-        if self._seed is None:
+        if self._seed is None or any(folder.glob("*.safetensors")):
             network = load_network(kind, folder, dtype)
         else:
             network = draw_network(kind, folder, self._seed, dtype)

@@ -24,6 +24,7 @@ ENCODER_FOLDERS = ("vae", "text_encoder", "image_encoder")
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
 CONFIG_FILES = ("*.json", "*.model", "*.txt")
 """What a hub repository is asked for before a run: all but its weights."""
+GLANCE_BYTES = 1 << 20
 WEIGHT_FILES = (*CONFIG_FILES, "*.safetensors")
 
 
@@ -34,13 +35,14 @@ class WanBase(Base):
         path: folder in diffusers' layout (transformer/, vae/, text_encoder/, tokenizer/,
             image_encoder/, audio_encoder/), or such a repository on the Hugging Face hub, as
             `organisation/name` or `organisation/name@revision`. Sizes of the audio parts stand in
-            audio/config.json; without it they are those of the public weights.
+            audio/config.json, their weights beside it or in `audio_weights`; without it the
+            sizes are those of the public weights.
         audio_weights: safetensors file with the audio parts under their public names, such as
             InfiniteTalk's. It may hold the other parts as well, and then wins over `transformer/`.
         audio_encoder: folder or hub repository of the speech encoder, in place of audio_encoder/.
         dtype: of the denoiser and the text encoder; parts that need float32 keep it.
-        random_weights: seed from which all weights are drawn; the folder then needs only its
-            configurations. For tests and demonstrations.
+        random_weights: seed from which the weights of parts without weight files are drawn; such
+            parts need only their configurations. For tests, demonstrations and new small bases.
         text_length: text tokens that the network sees; the public weights expect 512.
     """
 
@@ -91,8 +93,8 @@ class WanBase(Base):
     def fingerprint(self) -> str:
         """Hash what the features of the encoders depend on.
 
-        These are their configurations, the text encoder's dtype, the seed, and names and sizes of
-        local weights; of a repository on the hub, its revision.
+        These are their configurations, the text encoder's dtype, the seed, and the beginning and
+        end of local weights; of a repository on the hub, its revision.
         """
         digest = hashlib.sha256(f"random_weights={self._seed} {self._dtype}".encode())
         folders = [self._configs / name for name in (*ENCODER_FOLDERS, "tokenizer")]
@@ -110,10 +112,11 @@ class WanBase(Base):
             InputError: a tensor is missing, unknown or has another shape.
         """
         model = self.empty_denoiser()
-        if self._seed is None:
-            stored = locate_tensors(self._denoiser_files())
-            load_weights(model, stored, device=device, dtype=self._dtype)
+        files = self._denoiser_files()
+        if files:
+            load_weights(model, locate_tensors(files), device=device, dtype=self._dtype)
         else:
+            assert self._seed is not None
             model.to_empty(device=device)
             draw_weights(model, self._seed, self._dtype)
         return model.requires_grad_(False).eval()
@@ -166,14 +169,13 @@ class WanBase(Base):
         return _resolve(self._audio_encoder, "base.audio_encoder", CONFIG_FILES)
 
     def _weights_of(self, folder: Path) -> str:
-        if self._seed is not None:
-            return ""
         if not Path(self._path).is_dir() and folder.is_relative_to(self._configs):
             return self._configs.name  # the hub's cache names its folders after revisions
-        return " ".join(f"{file.name}={file.stat().st_size}" for file in weight_files(folder))
+        return " ".join(f"{file.name}={_glance(file)}" for file in weight_files(folder))
 
     def _denoiser_files(self) -> list[Path]:
         files = weight_files(self._folder / "transformer")
+        files += weight_files(self._folder / "audio")
         return files if self._audio_weights is None else [*files, self._audio_weights]
 
     def _unfit_tensors(self) -> list[str]:
@@ -205,6 +207,15 @@ class WanBase(Base):
         files = weight_files(folder)
         absent = [f"there is no '{file}'" for file in files if not file.is_file()]
         return absent if files else [f"there are no safetensors in '{folder}'"]
+
+
+def _glance(file: Path) -> str:
+    """Hash size, first and last bytes: enough to tell trainings apart, in no time."""
+    with file.open("rb") as stream:
+        head = stream.read(GLANCE_BYTES)
+        stream.seek(max(file.stat().st_size - GLANCE_BYTES, 0))
+        tail = stream.read()
+    return hashlib.sha256(b"%d" % file.stat().st_size + head + tail).hexdigest()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

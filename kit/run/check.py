@@ -64,10 +64,11 @@ def _fit_notes(recipe: Recipe) -> list[str]:
         parts.adapter.rank * sum(denoiser.get_parameter(f"{layer}.weight").shape)
         for layer in layers
     )
+    whole = {"all": [""], **denoiser.trainable_parts()}
     fully = sum(
         parameter.numel()
         for part in parts.adapter.train_fully
-        for name in denoiser.trainable_parts()[part]
+        for name in whole[part]
         for parameter in denoiser.get_submodule(name).parameters()
     )
     total = sum(parameter.numel() for parameter in denoiser.parameters())

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TypeVar
 
+from kit.adapters.full import Full
 from kit.adapters.lora import Lora
 from kit.data.buckets import parse_buckets
 from kit.data.module import ShardData
@@ -24,7 +25,7 @@ class FitParts:
     """What a fit recipe names, section by section."""
 
     base: Base
-    adapter: Lora
+    adapter: Lora | Full
     objective: Objective
     dropout: ConditionDropout
     data: ShardData

@@ -8,6 +8,7 @@ from pydantic import Field
 from kit.adapters import ADAPTERS
 from kit.models import BASES
 from kit.objectives import OBJECTIVES
+from kit.pretraining import TASKS
 from kit.recipe import ExistingFile, Schema, Section
 from kit.sampling import SAMPLERS
 from kit.training import DROPOUTS, OPTIMIZERS, PREVIEWS, TRAINERS
@@ -54,4 +55,15 @@ SAMPLE = Schema(
     },
 )
 
-SCHEMAS = {schema.title: schema for schema in (FIT, SAMPLE)}
+PRETRAIN = Schema(
+    title="pretrain",
+    fields={"name": (Name, ...), "seed": (Seed, 42), "into": (str, ...)},
+    sections={
+        "task": Section(TASKS),
+        "data": Section({"shards": "kit.data.module:ShardData"}, default="shards"),
+        "optimizer": Section(OPTIMIZERS, default="adamw"),
+        "trainer": Section(TRAINERS, default="lightning"),
+    },
+)
+
+SCHEMAS = {schema.title: schema for schema in (FIT, SAMPLE, PRETRAIN)}

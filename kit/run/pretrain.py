@@ -1,0 +1,70 @@
+"""`kit pretrain`: train a network around the denoiser, for a small base of our own."""
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from kit.data.module import ShardData
+from kit.errors import InputError
+from kit.models.base import Geometry
+from kit.pretraining.base import EncoderTask
+from kit.recipe import read
+from kit.run.fit import RUNS
+from kit.run.recipes import PRETRAIN
+from kit.training.checkpoints import newest_checkpoint, require_same_recipe
+from kit.training.ema import AdapterEMA
+from kit.training.module import Fitting
+from kit.training.trainer import Training
+
+BATCHES_TO_MEASURE = 16
+
+
+def pretrain(recipe: str, overrides: Sequence[str], report: Callable[[str], None]) -> Path:
+    """Train as a recipe says and write the network into a base folder.
+
+    A run of this name goes on at its newest checkpoint.
+
+    Args:
+        recipe: path of a pretrain recipe.
+        overrides: `section.key=value` words.
+        report: told what happens, in words.
+
+    Returns:
+        The base folder, of which the task's parts are written.
+
+    Raises:
+        InputError: something in the recipe or its files is wrong.
+        KeyboardInterrupt: the run was asked to stop; its checkpoint is saved.
+    """
+    checked = read(recipe, overrides, PRETRAIN)
+    sizes = Geometry()
+    data: ShardData = checked.build("data", sizes.frame_stride, sizes.pixel_stride, sizes.fps, None)
+    problems = data.problems()
+    if problems:
+        raise InputError("\n".join(problems))
+    training: Training = checked.build("trainer")
+    folder, seed = RUNS / str(checked["name"]), checked["seed"]
+    resume = newest_checkpoint(folder / "checkpoints")
+    if resume is not None:
+        require_same_recipe(resume, checked.values)
+        report(f"going on from {resume}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(checked.text)
+
+    task: EncoderTask = checked.build("task", seed)
+    module = Fitting(task, checked.build("optimizer"), seed, dict(checked.values)).train()
+    data.prepare_run(None, seed, training.num_batches, place=(0, 1))
+    ema = AdapterEMA(training.ema_decay)
+    trainer = training.trainer(folder, ema, [])
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    if trainer.global_step < trainer.max_steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.global_step}; the same command goes on")
+
+    into = Path(checked["into"])
+    module.cpu().eval()
+    data.prepare_run(None, seed, BATCHES_TO_MEASURE, place=(0, 1))
+    with ema.applied(module):
+        task.finish(list(islice(data.train_dataloader(), BATCHES_TO_MEASURE)))
+        task.save(into)
+    report(f"{into}: step {trainer.global_step}")
+    return into
