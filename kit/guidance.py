@@ -41,6 +41,20 @@ def drop_audio(conditions: Conditions) -> Conditions:
     )
 
 
+def drop_image(conditions: Conditions) -> Conditions:
+    """Put zeros in the place of the reference frame's image features."""
+    return replace(conditions, image=torch.zeros_like(conditions.image))
+
+
+def drop_reference(conditions: Conditions) -> Conditions:
+    """Take the reference frame away; the mask says that it is gone."""
+    return replace(
+        conditions,
+        reference=torch.zeros_like(conditions.reference),
+        reference_mask=torch.zeros_like(conditions.reference_mask),
+    )
+
+
 def branches(
     conditions: Conditions, null_text: Tensor, text_scale: float, audio_scale: float
 ) -> dict[str, Conditions]:

@@ -94,3 +94,9 @@ def test_a_still_never_sees_itself(batch: Batch) -> None:
     assert not seen.reference_mask.any()
     assert not seen.image.any()
     assert torch.equal(seen.audio, batch.conditions.audio)
+
+
+def test_a_first_chunk_without_reference_has_no_clean_frame(batch: Batch) -> None:
+    assert batch.num_context.tolist() == [1, 2, 2]
+    dropped = ConditionDropout(**{**NEVER, "reference": 1.0}).drop(batch, seed=0)
+    assert dropped.num_context.tolist() == [0, 2, 2]

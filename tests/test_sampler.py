@@ -194,3 +194,17 @@ def test_a_video_source_gives_frames_by_time() -> None:
     assert not torch.equal(frames[0], frames[1])
     assert torch.equal(frames[1], frames[2])
     assert torch.equal(frames[3], frames[4])
+
+
+def test_without_reference_the_source_tells_only_the_size(
+    denoiser: Wan, tiny_encoders: Encoders
+) -> None:
+    scene = replace(make_scene(12), has_reference=False)
+    other = replace(scene, source=StillSource(PORTRAIT[::-1].copy(), (32, 32)))
+    with_reference = replace(scene, has_reference=True)
+    frames = [
+        torch.cat(sample(make_sampler(), denoiser, tiny_encoders, each))
+        for each in (scene, other, with_reference)
+    ]
+    assert torch.equal(frames[0], frames[1])
+    assert not torch.allclose(frames[0], frames[2], atol=0.01)

@@ -44,12 +44,14 @@ class Scene:
         tracks: speech of each speaker at 16 kHz, -23 LUFS. [S, samples]
         source: portrait or source video, at the video's size.
         speaker_masks: where each speaker stands, 0 or 1, at latent size. [S, H, W]
+        has_reference: False makes video from text and speech alone; the source only tells the size.
     """
 
     text: str
     tracks: Tensor
     source: Source
     speaker_masks: Tensor
+    has_reference: bool = True
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,18 @@ class TalkSampler:
         for chunk in self.plan(encoded.num_frames):
             frame = scene.source.frame(chunk.start)
             conditions = chunk_conditions(encoders, encoded, chunk, frame)
-            given = frame[:, None] if tail is None else tail
-            context = encoders.encode_video(given[None])  # [1, C, f, H, W]
-            shape = tuple(conditions.reference.shape)
-            noise = draw_normal(shape, seed, chunk.index, "noise").to(context)
+            noise = _noise(conditions.reference, seed, chunk)
+            context = noise[:, :, :0]
+            if tail is not None or scene.has_reference:
+                given = frame[:, None] if tail is None else tail
+                context = encoders.encode_video(given[None])  # [1, C, f, H, W]
+            if not scene.has_reference:
+                conditions = guidance.drop_image(guidance.drop_reference(conditions))
             guided = self.guided(denoiser, conditions, encoded.null_text)
             latents = self.denoise(guided, noise, context, partial(on_step, chunk))
             pixels = encoders.decode_video(latents)[0]
-            pixels = match_color(pixels, color.to(pixels), self.color_correction)
+            if scene.has_reference:
+                pixels = match_color(pixels, color.to(pixels), self.color_correction)
             tail = pixels[:, -self.context_frames :]  # [3, T, height, width]
             shown = pixels[:, chunk.num_context : chunk.num_context + chunk.num_shown]
             yield shown.transpose(0, 1)
@@ -239,6 +245,10 @@ def chunk_conditions(
         num_speakers=torch.tensor([len(audio)]),
         speaker_masks=encoded.speaker_masks[None],
     )
+
+
+def _noise(like: Tensor, seed: int, chunk: Chunk) -> Tensor:
+    return draw_normal(tuple(like.shape), seed, chunk.index, "noise").to(like)
 
 
 def no_progress(chunk: Chunk, step: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kit.batch import Batch, Conditions
 from kit.draws import draw_uniform
-from kit.guidance import drop_audio, drop_text, pad_text
+from kit.guidance import drop_audio, drop_image, drop_reference, drop_text, pad_text
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -23,8 +23,9 @@ class ConditionDropout:
         image: share whose image features are zero.
         reference: share without a reference frame: zero latents, and the mask says so.
 
-    A still picture is its own reference, so it always trains without reference and image features:
-    it would only learn to copy.
+    The one clean frame of a first chunk is its reference too, so both go together: such a sample
+    trains video from text and speech alone. A still picture is its own reference, so it always
+    trains without reference and image features: it would only learn to copy.
 
     Source: shares of public InfiniteTalk trainers; InfiniteTalk's guidance drops text and audio.
     """
@@ -48,12 +49,8 @@ class ConditionDropout:
         without = {
             "text": drop_text(conditions, batch.null_text),
             "audio": drop_audio(conditions),
-            "image": replace(conditions, image=torch.zeros_like(conditions.image)),
-            "reference": replace(
-                conditions,
-                reference=torch.zeros_like(conditions.reference),
-                reference_mask=torch.zeros_like(conditions.reference_mask),
-            ),
+            "image": drop_image(conditions),
+            "reference": drop_reference(conditions),
         }
         for name, fields in _FIELDS.items():
             changed = {
@@ -63,7 +60,9 @@ class ConditionDropout:
                 for field in fields
             }
             conditions = replace(conditions, **changed)
-        return replace(batch, conditions=conditions)
+        is_bare = dropped["reference"] & (batch.num_context == 1)
+        num_context = batch.num_context.masked_fill(is_bare, 0)
+        return replace(batch, conditions=conditions, num_context=num_context)
 
     def _draw(self, name: str, batch: Batch, seed: int) -> Tensor:
         share = self.shares[name]

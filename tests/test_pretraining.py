@@ -1,0 +1,110 @@
+"""`kit pretrain`: every task learns, goes on bit for bit, and writes a part that a base loads."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kit.models.wan_base import WanBase
+from kit.pretraining import TASKS
+from kit.run.pretrain import pretrain
+from kit.training.curves import read_curves
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "data" / "tiny_base"
+CONFIGS = {"video": TINY / "vae", "speech": TINY / "audio_encoder", "words": TINY}
+PARTS = {
+    "video": ["vae"],
+    "speech": ["audio_encoder"],
+    "words": ["text_encoder", "image_encoder"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(task: str, shards: Path, **more: Any) -> Path:
+    values = {
+        "name": task,
+        "into": "base",
+        "task.config": CONFIGS[task],
+        "data.path": shards,
+        "data.window_frames": 5,
+        "data.context_frames": 1,
+        "data.batch_size": 2,
+        "data.num_workers": 0,
+        "optimizer.lr": 5e-3,
+        "optimizer.course": "constant",
+        "optimizer.warmup_steps": 0,
+        "trainer.max_steps": 12,
+        "trainer.save_every": 4,
+        "trainer.precision": "32-true",
+        "trainer.ema_decay": 0.5,
+        **more,
+    }
+    words = [f"{key}={value}" for key, value in values.items()]
+    return pretrain(str(ROOT / f"recipes/studio/{task}.yaml"), words, lambda line: None)
+
+
+def course(name: str) -> list[float]:
+    rows = read_curves(Path("runs") / name / "metrics.csv")
+    names = [key for key in rows[0] if key.startswith("loss/")]
+    return [sum(float(row[key]) for key in names) for row in rows]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_learns_and_writes_a_part_of_a_base(task: str, raw_shards: Path) -> None:
+    base = run(task, raw_shards)
+    losses = course(task)
+    assert sum(losses[-4:]) < sum(losses[:4])
+    shutil.copytree(TINY, "whole")
+    for part in PARTS[task]:
+        shutil.copytree(base / part, Path("whole") / part, dirs_exist_ok=True)
+    whole = WanBase(path="whole", random_weights=0, dtype="float32")
+    drawn = WanBase(path=str(TINY), random_weights=0, dtype="float32")
+    assert whole.problems() == [] and whole.fingerprint() != drawn.fingerprint()
+    encoders, before = (b.load_encoders(torch.device("cpu")) for b in (whole, drawn))
+    video = torch.rand(1, 3, 5, 64, 64) * 2 - 1
+    features = {
+        "video": lambda e: e.encode_video(video),
+        "speech": lambda e: e.encode_speech(video.flatten()[None, :16000]),
+        "words": lambda e: e.encode_image(video[:, :, 0]),
+    }[task]
+    assert torch.isfinite(features(encoders)).all()
+    assert not torch.equal(features(encoders), features(before))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_goes_on_bit_for_bit(task: str, raw_shards: Path) -> None:
+    run(task, raw_shards, name="whole", into="whole")
+    for steps in (8, 12):
+        run(task, raw_shards, name="parts", into="parts", **{"trainer.max_steps": steps})
+    assert course("whole") == course("parts")
+    for part in PARTS[task]:
+        one, other = (
+            load_file(next((Path(folder) / part).glob("*.safetensors")))
+            for folder in ("whole", "parts")
+        )
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_measured_latents_have_mean_zero_and_spread_one(raw_shards: Path) -> None:
+    base = run("video", raw_shards)
+    shutil.copytree(TINY, "whole")
+    shutil.copytree(base / "vae", Path("whole/vae"), dirs_exist_ok=True)
+    encoders = WanBase(path="whole", random_weights=0, dtype="float32").load_encoders(
+        torch.device("cpu")
+    )
+    from kit.data.clips import read_pictures
+    from kit.data.encode import to_video
+    from kit.data.shards import Shards
+
+    shards = Shards(raw_shards)
+    videos = [to_video(read_pictures(shards, number, list(range(5)))) for number in range(3)]
+    latents = torch.cat([encoders.encode_video(video[None]).flatten() for video in videos])
+    assert abs(float(latents.mean())) < 0.5 and 0.5 < float(latents.std()) < 2
