@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from kit.data.clips import read_pictures
+from kit.data.encode import to_video
+from kit.data.shards import Shards
+from kit.models.base import Encoders
 from kit.models.wan_base import WanBase
 from kit.pretraining import TASKS
 from kit.run.pretrain import pretrain
@@ -57,6 +62,14 @@ def course(name: str) -> list[float]:
     return [sum(float(row[key]) for key in names) for row in rows]
 
 
+def features(task: str, encoders: Encoders, video: Tensor) -> Tensor:
+    if task == "video":
+        return encoders.encode_video(video)
+    if task == "speech":
+        return encoders.encode_speech(video.flatten()[None, :16000])
+    return encoders.encode_image(video[:, :, 0])
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_learns_and_writes_a_part_of_a_base(task: str, raw_shards: Path) -> None:
     base = run(task, raw_shards)
@@ -70,13 +83,8 @@ def test_learns_and_writes_a_part_of_a_base(task: str, raw_shards: Path) -> None
     assert whole.problems() == [] and whole.fingerprint() != drawn.fingerprint()
     encoders, before = (b.load_encoders(torch.device("cpu")) for b in (whole, drawn))
     video = torch.rand(1, 3, 5, 64, 64) * 2 - 1
-    features = {
-        "video": lambda e: e.encode_video(video),
-        "speech": lambda e: e.encode_speech(video.flatten()[None, :16000]),
-        "words": lambda e: e.encode_image(video[:, :, 0]),
-    }[task]
-    assert torch.isfinite(features(encoders)).all()
-    assert not torch.equal(features(encoders), features(before))
+    made, drawn_before = (features(task, each, video) for each in (encoders, before))
+    assert torch.isfinite(made).all() and not torch.equal(made, drawn_before)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -100,10 +108,6 @@ def test_measured_latents_have_mean_zero_and_spread_one(raw_shards: Path) -> Non
     encoders = WanBase(path="whole", random_weights=0, dtype="float32").load_encoders(
         torch.device("cpu")
     )
-    from kit.data.clips import read_pictures
-    from kit.data.encode import to_video
-    from kit.data.shards import Shards
-
     shards = Shards(raw_shards)
     videos = [to_video(read_pictures(shards, number, list(range(5)))) for number in range(3)]
     latents = torch.cat([encoders.encode_video(video[None]).flatten() for video in videos])

@@ -6,23 +6,20 @@ import pytest
 
 from kit.errors import InputError
 from kit.recipe import read
-from kit.run.check import check
-from kit.run.recipes import FIT, SAMPLE
+from kit.run.check import check, schema_of
+from kit.run.recipes import SAMPLE
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-SAMPLES = {"talk.yaml", "quickstart_talk.yaml"}
 SPEECH = str(ROOT / "data" / "sample" / "speech.wav")
 PORTRAIT = str(ROOT / "data" / "sample" / "portrait.png")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipe_is_read_and_says_the_same_again(path: Path, tmp_path: Path) -> None:
-    if path.name in SAMPLES:
-        words = [f"audio={SPEECH}", f"image={PORTRAIT}", "adapter=null"]
-        recipe = read(path, words, SAMPLE)
-    else:
-        recipe = read(path, [], FIT)
+    schema = schema_of(str(path))
+    words = [f"audio={SPEECH}", f"image={PORTRAIT}", "adapter=null"] if schema is SAMPLE else []
+    recipe = read(path, words, schema)
     again = tmp_path / "again.yaml"
     again.write_text(recipe.text)
     assert read(again, [], recipe.schema).sha256 == recipe.sha256

@@ -110,7 +110,7 @@ def find_recipe(path: str | Path) -> Path:
     for candidate in (Path(path), shipped.root() / path, folder / path):
         if candidate.is_file():
             return candidate
-    names = [f"{folder.name}/{file.name}" for file in folder.glob("*.yaml")]
+    names = [str(file.relative_to(folder.parent)) for file in folder.rglob("*.yaml")]
     raise InputError(f"{path}: no such recipe{did_you_mean(str(path), names)}")
 
 

@@ -9,9 +9,10 @@ from ruamel.yaml.error import YAMLError
 
 from kit.data.shards import Shards
 from kit.errors import InputError
-from kit.recipe import Recipe, find_recipe, json_schema, read
+from kit.recipe import Recipe, Schema, find_recipe, json_schema, read
 from kit.run.parts import build_fit
-from kit.run.recipes import FIT, SAMPLE, SCHEMAS
+from kit.run.pretrain import build_pretraining
+from kit.run.recipes import FIT, PRETRAIN, SAMPLE, SCHEMAS
 from kit.run.sample import build_sample
 
 
@@ -51,9 +52,8 @@ def describe(command: str, out: Path | None, report: Callable[[str], None]) -> N
 
 
 def _recipe(path: str, overrides: Sequence[str]) -> list[str]:
-    schema = SAMPLE if _is_sample(path) else FIT
-    recipe = read(path, overrides, schema)
-    return _sample_notes(recipe) if schema is SAMPLE else _fit_notes(recipe)
+    schema = schema_of(path)
+    return _NOTES[schema.title](read(path, overrides, schema))
 
 
 def _fit_notes(recipe: Recipe) -> list[str]:
@@ -89,9 +89,20 @@ def _sample_notes(recipe: Recipe) -> list[str]:
     ]
 
 
-def _is_sample(path: str) -> bool:
-    """Tell the two kinds of recipe apart: only those of `kit fit` have data."""
-    return "data" not in _keys(find_recipe(path))
+def _pretrain_notes(recipe: Recipe) -> list[str]:
+    problems = build_pretraining(recipe).data.problems()
+    if problems:
+        raise InputError("\n".join(problems))
+    return []
+
+
+_NOTES = {"fit": _fit_notes, "sample": _sample_notes, "pretrain": _pretrain_notes}
+
+
+def schema_of(path: str) -> Schema:
+    """Tell whose recipe it is: a task is pretrained, data are for `kit fit`, the rest samples."""
+    keys = _keys(find_recipe(path))
+    return PRETRAIN if "task" in keys else FIT if "data" in keys else SAMPLE
 
 
 def _keys(path: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """`kit pretrain`: train a network around the denoiser, for a small base of our own."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -8,15 +9,37 @@ from kit.data.module import ShardData
 from kit.errors import InputError
 from kit.models.base import Geometry
 from kit.pretraining.base import EncoderTask
-from kit.recipe import read
+from kit.recipe import Recipe, read
 from kit.run.fit import RUNS
 from kit.run.recipes import PRETRAIN
 from kit.training.checkpoints import newest_checkpoint, require_same_recipe
 from kit.training.ema import AdapterEMA
 from kit.training.module import Fitting
+from kit.training.optim import AdamW
 from kit.training.trainer import Training
 
 BATCHES_TO_MEASURE = 16
+
+
+@dataclass(frozen=True)
+class PretrainParts:
+    """What a pretrain recipe names, section by section."""
+
+    task: EncoderTask
+    data: ShardData
+    optimizer: AdamW
+    training: Training
+
+
+def build_pretraining(recipe: Recipe) -> PretrainParts:
+    """Build every section of a pretrain recipe; the data are not looked at yet."""
+    sizes = Geometry()
+    return PretrainParts(
+        task=recipe.build("task", recipe["seed"]),
+        data=recipe.build("data", sizes.frame_stride, sizes.pixel_stride, sizes.fps, None),
+        optimizer=recipe.build("optimizer"),
+        training=recipe.build("trainer"),
+    )
 
 
 def pretrain(recipe: str, overrides: Sequence[str], report: Callable[[str], None]) -> Path:
@@ -37,12 +60,11 @@ def pretrain(recipe: str, overrides: Sequence[str], report: Callable[[str], None
         KeyboardInterrupt: the run was asked to stop; its checkpoint is saved.
     """
     checked = read(recipe, overrides, PRETRAIN)
-    sizes = Geometry()
-    data: ShardData = checked.build("data", sizes.frame_stride, sizes.pixel_stride, sizes.fps, None)
+    parts = build_pretraining(checked)
+    data, training = parts.data, parts.training
     problems = data.problems()
     if problems:
         raise InputError("\n".join(problems))
-    training: Training = checked.build("trainer")
     folder, seed = RUNS / str(checked["name"]), checked["seed"]
     resume = newest_checkpoint(folder / "checkpoints")
     if resume is not None:
@@ -51,8 +73,8 @@ def pretrain(recipe: str, overrides: Sequence[str], report: Callable[[str], None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(checked.text)
 
-    task: EncoderTask = checked.build("task", seed)
-    module = Fitting(task, checked.build("optimizer"), seed, dict(checked.values)).train()
+    task = parts.task
+    module = Fitting(task, parts.optimizer, seed, dict(checked.values)).train()
     data.prepare_run(None, seed, training.num_batches, place=(0, 1))
     ema = AdapterEMA(training.ema_decay)
     trainer = training.trainer(folder, ema, [])
