@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kit.training.optim import AdamW
+from kit.training.muon import Muon, orthogonalized
+from kit.training.optim import AdamW, MuonSettings, RateCourse
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -47,7 +48,7 @@ def test_warm_up_rises_in_equal_steps_then_stays() -> None:
 
 
 def test_cosine_falls_to_its_final_share() -> None:
-    course = AdamW(lr=1.0, warmup_steps=10, course="cosine", final_share=0.2)
+    course = RateCourse(warmup_steps=10, course="cosine", final_share=0.2)
     assert course.share(10, 110) == pytest.approx(1.0)
     assert course.share(60, 110) == pytest.approx(0.6)
     assert course.share(110, 110) == pytest.approx(0.2)
@@ -80,3 +81,51 @@ def test_settings_reach_the_optimiser() -> None:
     for group in made.param_groups:
         assert group["betas"] == (0.8, 0.95)
         assert group["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (16, 16)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.linspace(0.1, 3, shape[1])
+    )
+    values = torch.linalg.svdvals(orthogonalized(matrix))
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_muon_steps_convolutions_as_matrices_and_vectors_by_adam() -> None:
+    layer = nn.Conv3d(4, 8, 3)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer = MuonSettings(lr=0.5, vector_lr=0.1).optimizer(dict(layer.named_parameters()))
+    for parameter in layer.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    moved = (layer.weight - before["weight"]).flatten(1)
+    values = torch.linalg.svdvals(moved)
+    assert values.max() / values.min() < 2.5
+    step = (layer.bias - before["bias"]).abs()
+    torch.testing.assert_close(step, torch.full_like(step, 0.1))
+
+
+def test_muon_goes_on_from_its_state() -> None:
+    def walk(model: nn.Module, optimizer: Muon, steps: range) -> None:
+        for step in steps:
+            random = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=random)
+            optimizer.step()
+
+    def make() -> tuple[nn.Module, Muon]:
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3)
+        return model, Muon(model.parameters(), 0.1, 0.01, (0.9, 0.98), 0.01)
+
+    whole, optimizer = make()
+    walk(whole, optimizer, range(6))
+    first, first_optimizer = make()
+    walk(first, first_optimizer, range(3))
+    second, second_optimizer = make()
+    second.load_state_dict(first.state_dict())
+    second_optimizer.load_state_dict(first_optimizer.state_dict())
+    walk(second, second_optimizer, range(3, 6))
+    for one, other in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)

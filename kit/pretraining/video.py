@@ -41,6 +41,7 @@ class VideoCoding(EncoderTask):
         self._config: dict[str, Any] = json.loads((Path(config) / "config.json").read_text())
         torch.manual_seed(seed_of(seed, "weights"))
         self._vae: Any = AutoencoderKLWan.from_config(self._config)
+        _start_quiet(self._vae)
         self._kl = kl
         self._edges = edges
 
@@ -76,6 +77,15 @@ class VideoCoding(EncoderTask):
 
     def _pixels(self, batch: list[RawSample]) -> Tensor:
         return torch.stack([to_video(np.asarray(raw.pixels)) for raw in batch]).to(self._vae.device)
+
+
+def _start_quiet(vae: nn.Module) -> None:
+    """Let residual blocks begin as the identity: training then gets going at once."""
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv3d) and name.endswith(".conv2"):
+            nn.init.zeros_(module.weight)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
 
 
 def edge_error(one: Tensor, other: Tensor) -> Tensor:

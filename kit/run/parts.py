@@ -13,7 +13,7 @@ from kit.objectives.base import Objective
 from kit.recipe import Recipe
 from kit.sampling.pipeline import TalkSampler
 from kit.training.dropout import ConditionDropout
-from kit.training.optim import AdamW
+from kit.training.optim import OptimizerSettings
 from kit.training.previews import PreviewSettings
 from kit.training.trainer import Training
 
@@ -29,7 +29,7 @@ class FitParts:
     objective: Objective
     dropout: ConditionDropout
     data: ShardData
-    optimizer: AdamW
+    optimizer: OptimizerSettings
     training: Training
     sampler: TalkSampler
     preview: PreviewSettings | None

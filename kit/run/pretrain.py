@@ -15,7 +15,7 @@ from kit.run.recipes import PRETRAIN
 from kit.training.checkpoints import newest_checkpoint, require_same_recipe
 from kit.training.ema import AdapterEMA
 from kit.training.module import Fitting
-from kit.training.optim import AdamW
+from kit.training.optim import OptimizerSettings
 from kit.training.trainer import Training
 
 BATCHES_TO_MEASURE = 16
@@ -27,7 +27,7 @@ class PretrainParts:
 
     task: EncoderTask
     data: ShardData
-    optimizer: AdamW
+    optimizer: OptimizerSettings
     training: Training
 
 

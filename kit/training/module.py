@@ -10,7 +10,7 @@ from torch import Tensor
 from kit.adapters.lora import trained_parameters
 from kit.draws import seed_of
 from kit.errors import InputError
-from kit.training.optim import AdamW
+from kit.training.optim import OptimizerSettings
 from kit.training.task import Task, total
 
 
@@ -44,7 +44,9 @@ class Fitting(LightningModule):
     # Frozen weights are not in checkpoints; `on_load_checkpoint` is strict about all others.
     strict_loading = False
 
-    def __init__(self, task: Task, optimizer: AdamW, seed: int, recipe: dict[str, Any]) -> None:
+    def __init__(
+        self, task: Task, optimizer: OptimizerSettings, seed: int, recipe: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.network = task.network
         self.task = task

@@ -2,16 +2,29 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from kit.training.muon import Muon
+
 Course = Literal["constant", "cosine"]
 Rate = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerSettings(Protocol):
+    """The recipe's `optimizer` section."""
+
+    def optimizer(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """Make the optimiser of these parameters."""
+
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+        """Make the course of the learning rate over a run of so many steps."""
 
 
 class AdamW:
@@ -46,9 +59,7 @@ class AdamW:
         self.audio_lr = lr if audio_lr is None else audio_lr
         self.betas = (betas[0], betas[1])
         self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
-        self.course = course
-        self.final_share = final_share
+        self.course = RateCourse(warmup_steps, course, final_share)
         self.state_bits = state_bits
 
     def optimizer(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -65,10 +76,64 @@ class AdamW:
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
         """Make the course of the learning rate over a run of so many steps."""
-        return LambdaLR(optimizer, lambda step: self.share(step, steps))
+        return LambdaLR(optimizer, lambda step: self.course.share(step, steps))
+
+
+class MuonSettings:
+    """Muon for matrices and convolutions, Adam for vectors: fast for whole small networks.
+
+    Args:
+        lr: of matrices after warm-up.
+        vector_lr: of vectors.
+        betas: decay of Adam's moving averages.
+        weight_decay: pulled towards zero per step and unit of lr.
+        warmup_steps: steps in which the rate rises from zero.
+        course: of the rate after warm-up; `cosine` falls to `final_share` of it.
+        final_share: 0 to 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: Rate = 0.05,
+        vector_lr: Rate = 5e-3,
+        betas: Annotated[Sequence[Beta], Field(min_length=2, max_length=2)] = (0.9, 0.98),
+        weight_decay: Annotated[float, Field(ge=0)] = 0.0,
+        warmup_steps: Annotated[int, Field(ge=0)] = 50,
+        course: Course = "cosine",
+        final_share: Annotated[float, Field(ge=0, le=1)] = 0.03,
+    ) -> None:
+        self.lr = lr
+        self.vector_lr = vector_lr
+        self.betas = (betas[0], betas[1])
+        self.weight_decay = weight_decay
+        self.course = RateCourse(warmup_steps, course, final_share)
+
+    def optimizer(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """Make the optimiser of these parameters."""
+        return Muon(parameters.values(), self.lr, self.vector_lr, self.betas, self.weight_decay)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+        """Make the course of the learning rate over a run of so many steps."""
+        return LambdaLR(optimizer, lambda step: self.course.share(step, steps))
+
+
+@dataclass(frozen=True)
+class RateCourse:
+    """How the learning rate changes over a run.
+
+    Attributes:
+        warmup_steps: steps in which the rate rises from zero.
+        course: `constant`, or `cosine` down to `final_share`.
+        final_share: 0 to 1.
+    """
+
+    warmup_steps: int
+    course: Course
+    final_share: float
 
     def share(self, step: int, steps: int) -> float:
-        """Give the share of the learning rate at a step, 0 to 1."""
+        """Give the share of the learning rate at a step of so many, 0 to 1."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.course == "constant":
