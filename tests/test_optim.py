@@ -83,7 +83,7 @@ def test_settings_reach_the_optimiser() -> None:
         assert group["weight_decay"] == 0.3
 
 
-@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (16, 16)])
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6)])
 def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) @ torch.diag(
         torch.linspace(0.1, 3, shape[1])
@@ -102,6 +102,7 @@ def test_muon_steps_convolutions_as_matrices_and_vectors_by_adam() -> None:
     moved = (layer.weight - before["weight"]).flatten(1)
     values = torch.linalg.svdvals(moved)
     assert values.max() / values.min() < 2.5
+    assert layer.bias is not None
     step = (layer.bias - before["bias"]).abs()
     torch.testing.assert_close(step, torch.full_like(step, 0.1))
 
