@@ -41,9 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOPPED
     except Exception as error:
         full = _disk_full(error)
-        if full is None:
+        if full is not None:
+            return _refuse(full)
+        if not isinstance(error, OSError) or error.filename is None:
             raise
-        return _refuse(full)
+        return _refuse(f"{error.filename}: {error.strerror}")
     return 0
 
 
@@ -121,7 +123,7 @@ def _add_pretrain(commands: _Commands) -> None:
 
 
 def _add_sample(commands: _Commands) -> None:
-    example = "kit sample recipes/quickstart_sample.yaml seed=7"
+    example = "kit sample recipes/quickstart_talk.yaml seed=7"
     _add_recipe(_add(commands, "sample", "make a video as a recipe says", example, _sample))
 
 
@@ -201,7 +203,7 @@ def _sample(arguments: _Arguments) -> None:
 def _export(arguments: _Arguments) -> None:
     from kit.run.export import export
 
-    formats = [name.strip() for name in arguments.to.split(",")]
+    formats = [name.strip() for name in arguments.to.split(",") if name.strip()]
     export(arguments.adapter, formats, out=arguments.out, report=print)
 
 

@@ -74,7 +74,8 @@ def branches(
             chosen["no_audio"] = drop_audio(full)
         return chosen
     chosen["no_text"] = drop_text(full, null_text)
-    chosen["none"] = drop_audio(chosen["no_text"])
+    if not _is_off(audio_scale):
+        chosen["none"] = drop_audio(chosen["no_text"])
     return chosen
 
 
@@ -82,12 +83,15 @@ def combine(velocities: Mapping[str, Tensor], text_scale: float, audio_scale: fl
     """Combine the velocities of `branches` into one.
 
     Source: InfiniteTalk: v = u + gt (c - dt) + ga (dt - u), and v = da + ga (c - da) where the
-    text scale is 1; c full, dt no_text, da no_audio, u none.
+    text scale is 1; c full, dt no_text, da no_audio, u none, which cancels at audio scale 1.
     """
     full = velocities["full"]
     if "none" in velocities:
         no_text, none = velocities["no_text"], velocities["none"]
         return none + text_scale * (full - no_text) + audio_scale * (no_text - none)
+    if "no_text" in velocities:
+        no_text = velocities["no_text"]
+        return no_text + text_scale * (full - no_text)
     if "no_audio" in velocities:
         no_audio = velocities["no_audio"]
         return no_audio + audio_scale * (full - no_audio)

@@ -120,6 +120,7 @@ def encoded_shards(
         data.plan,
         data.settings,
         lambda line: None,
+        clips_per_shard=2,
     )
     return out
 

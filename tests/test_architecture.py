@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 RANKS = [
-    {"errors", "shipped", "registry", "draws", "reference", "flow"},
+    {"errors", "shipped", "registry", "draws", "devices", "reference", "flow"},
     {"batch", "masks"},
     {"solvers", "guidance", "speech", "recipe"},
     {"models", "data"},

@@ -190,3 +190,88 @@ def test_an_adapter_that_does_not_fit(
     assert "no file wide.txt" in said
     said = refused(capsys, "export", "wide.safetensors", "--to", "difusers")
     assert "did you mean 'diffusers'" in said
+
+
+def test_prepare_and_encode_go_on_with_the_same_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kit.data.encode import ClipEncoder
+
+    clip(frames=40)
+    words = [*PREPARE, "--recipe", FIT, "--encode", "--window", "33"]
+    with monkeypatch.context() as patched:
+        patched.setattr(ClipEncoder, "latents", interrupted)
+        assert main(words) == 130
+    assert not list(Path("shards/encoded").glob("*.tar"))
+    before = Path("shards/shard-000000.tar").stat().st_mtime_ns
+    assert main(words) == 0
+    assert Path("shards/shard-000000.tar").stat().st_mtime_ns == before
+    assert main(["check", FIT, "data.path=shards", "preview=null"]) == 0
+    assert "1 clips (encoded)" in capsys.readouterr().out
+    # Other clips at the same place leave nothing encoded of the old ones.
+    clip("b.mp4", frames=40)
+    assert main([*PREPARE, "--overwrite", "--window", "33"]) == 0
+    assert main(["check", FIT, "data.path=shards", "preview=null"]) == 0
+    assert "2 clips (raw)" in capsys.readouterr().out
+
+
+def interrupted(*arguments: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_base_that_is_not_there_is_told_before_any_clip_is_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clip(frames=90)
+    recipe = str(ROOT / "recipes" / "my_character.yaml")
+    said = refused(capsys, *PREPARE, "--recipe", recipe, "--encode")
+    assert "base.audio_weights" in said
+    assert not Path("shards").exists()
+
+
+def test_side_files_in_capitals_and_other_encodings(capsys: pytest.CaptureFixture[str]) -> None:
+    path = clip(caption="")
+    path.with_suffix(".TXT").write_bytes("ein Mädchen spricht".encode("utf-16"))
+    other = clip("b.mp4", caption="")
+    other.with_suffix(".txt").write_bytes("ein Mädchen".encode("latin-1"))
+    Path("clips/photo.heic").touch()
+    assert main(PREPARE) == 0
+    census = json.loads(Path("shards/census.json").read_text())
+    assert [Path(kept["source"]).name for kept in census["kept"]] == ["a.mp4"]
+    assert "b.txt is not text in UTF-8" in census["dropped"][0]["reason"]
+    assert any("photo.heic" in warning for warning in census["warnings"])
+    with tarfile.open("shards/shard-000000.tar") as tar:
+        name = next(name for name in tar.getnames() if name.endswith(".txt"))
+        member = tar.extractfile(name)
+        assert member is not None and member.read().decode() == "ein Mädchen spricht"
+
+
+def test_shards_are_not_taken_for_clips(
+    raw_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, "prepare", str(raw_shards), "--out", "again")
+    assert "holds shards, no clips" in said
+
+
+def test_what_the_system_refuses_is_one_line(
+    encoded_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("runs").write_text("a file in the way")
+    assert "runs" in refused(capsys, *fit_words(encoded_shards))
+    said = refused(capsys, "check", "--schema", "fit", "--out", "nowhere/x.json")
+    assert "nowhere/x.json: No such file" in said
+
+
+def test_text_on_the_command_line_is_taken_as_it_is() -> None:
+    from kit.recipe.document import parse_overrides
+
+    texts = {
+        "text": 'a girl, "q" #1 yes',
+        "out": "a #b.mp4",
+        "name": "say: x",
+        "audio": "*sighs* hi",
+    }
+    read = parse_overrides([f"{key}={value}" for key, value in texts.items()])
+    assert read.values == texts and not read.problems
+    numbers = parse_overrides(["seed=7", "lr=1e-4", "on=true", "list=[a, b]", "none=null"])
+    assert numbers.values == {"seed": 7, "lr": 1e-4, "on": True, "list": ["a", "b"], "none": None}

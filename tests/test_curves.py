@@ -1,16 +1,20 @@
 """The course of a run as rows and as a picture."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from PIL import Image
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from kit.training.curves import Curves, draw_curves, read_curves, smoothed
+from kit.training.module import Fitting
+from kit.training.task import Task
 
 
 class Numbers(Dataset[float]):
@@ -26,19 +30,33 @@ class Numbers(Dataset[float]):
         return self.values[place]
 
 
-class Line(LightningModule):
+class Line(Task):
     """Fits one number; its losses are known in advance of every step."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.slope = torch.nn.Parameter(torch.zeros(()))
+        self._network = nn.Module()
+        self._network.slope = nn.Parameter(torch.zeros(()))
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        loss = self.slope + batch.sum()
-        return {"loss": loss, "losses": {"line": loss.detach()}, "samples": len(batch)}
+    @property
+    def network(self) -> nn.Module:
+        """The number."""
+        return self._network
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
+    def losses(self, batch: Tensor) -> dict[str, Tensor]:
+        return {"line": self._network.get_parameter("slope") + batch.sum()}
+
+    def names(self, batch: Tensor) -> tuple[list[str], list[list[int]]]:
+        return [str(value) for value in batch], [[0, 0] for _ in batch]
+
+
+class Descent:
+    """Plain gradient descent."""
+
+    def optimizer(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters.values(), lr=0.5)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+        return LambdaLR(optimizer, lambda step: 1.0)
 
 
 def train(folder: Path, values: list[float], accumulate: int = 1) -> list[dict[str, str]]:
@@ -55,7 +73,7 @@ def train(folder: Path, values: list[float], accumulate: int = 1) -> list[dict[s
     with warnings.catch_warnings():
         # Lightning recommends loader processes and more; neither matters to two steps.
         warnings.simplefilter("ignore")
-        trainer.fit(Line(), DataLoader(Numbers(values), batch_size=1))
+        trainer.fit(Fitting(Line(), Descent(), 0, {}), DataLoader(Numbers(values), batch_size=1))
     return read_curves(folder / "metrics.csv")
 
 

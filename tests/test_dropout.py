@@ -50,8 +50,13 @@ def test_a_share_drops_its_condition_alone(batch: Batch, name: str) -> None:
     affected = {
         other for other in vars(batch.conditions) if changed_samples(batch, dropped, other).any()
     }
-    also = {"audio": {"num_speakers"}, "reference": {"reference_mask"}}
+    # The first sample is a first chunk: without its reference it has no image features either.
+    also = {"audio": {"num_speakers"}, "reference": {"reference_mask", "image"}}
     assert affected == {name} | also.get(name, set())
+    image = changed_samples(batch, dropped, "image")
+    assert image.tolist() == {"image": [True] * 3, "reference": [True, False, False]}.get(
+        name, [False] * 3
+    )
 
 
 def test_what_stands_in_the_place(batch: Batch) -> None:

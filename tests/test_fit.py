@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,98 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(
     report = json.loads(Path("runs/run/nan_report.json").read_text())
     assert report["keys"] and report["draws"][0][0] == 2
     assert list(Path("runs/run/checkpoints").glob("step-*.ckpt"))
+
+
+def test_a_gradient_that_is_no_number_is_not_stepped(
+    encoded_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = FlowMatching.losses
+
+    def breaks_backward_in_epoch_one(
+        self: FlowMatching, denoiser: torch.nn.Module, batch: Batch, seed: int
+    ) -> dict[str, torch.Tensor]:
+        losses = exact(self, denoiser, batch, seed)
+        if batch.draws[0, 0] == 1:
+            losses["velocity"].register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: gradient * float("nan")
+            )
+        return losses
+
+    monkeypatch.setattr(FlowMatching, "losses", breaks_backward_in_epoch_one)
+    with pytest.raises(InputError, match="grad_norm"):
+        fit(str(RECIPE), overrides(encoded_shards, **{"trainer.max_steps": 30}), print_nothing)
+    newest = sorted(Path("runs/run/checkpoints").glob("step-*.ckpt"))[-1]
+    state = torch.load(newest, weights_only=True)["state_dict"]
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_whole_parts_train_in_a_bfloat16_base_with_previews(encoded_shards: Path) -> None:
+    data = {"base.dtype": "bfloat16", "adapter.parts": "[attention]"}
+    more = {**data, "adapter.train_fully": "[audio]", "trainer.max_steps": 1}
+    preview = {
+        "preview.every": 1,
+        "preview.seconds": 0.3,
+        "sampling.num_frames": 9,
+        "sampling.context_frames": 5,
+        "sampling.steps": 1,
+    }
+    with pytest.raises(InputError, match=r"trainer\.precision: 32-true cannot train"):
+        fit(str(RECIPE), overrides(encoded_shards, **more), print_nothing)
+    raw = {**more, "trainer.precision": "bf16-mixed", **preview}
+    words = [word for word in overrides(encoded_shards, **raw) if word != "preview=null"]
+    with pytest.raises(InputError, match="data.base: the shards were encoded with"):
+        fit(str(RECIPE), words, print_nothing)
+
+
+def test_a_bfloat16_base_trains_from_raw_shards(raw_shards: Path) -> None:
+    more = {
+        "base.dtype": "bfloat16",
+        "adapter.parts": "[attention]",
+        "adapter.train_fully": "[audio]",
+        "trainer.precision": "bf16-mixed",
+        "trainer.max_steps": 2,
+        "preview.every": 1,
+        "preview.seconds": 0.3,
+        "sampling.num_frames": 9,
+        "sampling.context_frames": 5,
+        "sampling.steps": 1,
+    }
+    words = [word for word in overrides(raw_shards, **more) if word != "preview=null"]
+    folder = fit(str(RECIPE), words, print_nothing)
+    assert len(list((folder / "previews").iterdir())) == 2
+    tensors, _ = load_adapter(folder / "adapter.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+def test_other_clips_at_the_same_place_do_not_go_on(encoded_shards: Path, raw_shards: Path) -> None:
+    shutil.copytree(encoded_shards, "moved")
+    fit(str(RECIPE), overrides(encoded_shards), print_nothing)
+    longer = {"trainer.max_steps": 8}
+    fit(str(RECIPE), overrides(Path("moved"), **longer), print_nothing)
+    index = json.loads(Path("moved/index.json").read_text())
+    index["shards"][0]["samples"].pop()
+    Path("moved/index.json").write_text(json.dumps(index))
+    longer = {"trainer.max_steps": 9}
+    with pytest.raises(InputError, match="shards: was"):
+        fit(str(RECIPE), overrides(Path("moved"), **longer), print_nothing)
+
+
+def test_a_finished_run_is_left_as_it_is(encoded_shards: Path) -> None:
+    folder = fit(str(RECIPE), overrides(encoded_shards), print_nothing)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    said: list[str] = []
+    for steps in (6, 3):
+        fit(str(RECIPE), overrides(encoded_shards, **{"trainer.max_steps": steps}), said.append)
+    assert "nothing to do" in said[0] and "nothing to do" in said[-1]
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_named(encoded_shards: Path) -> None:
+    folder = fit(str(RECIPE), overrides(encoded_shards), print_nothing)
+    newest = folder / "checkpoints" / "step-00000006.ckpt"
+    newest.write_bytes(newest.read_bytes()[:3000])
+    with pytest.raises(InputError, match="step-00000006.ckpt is damaged"):
+        fit(str(RECIPE), overrides(encoded_shards), print_nothing)
 
 
 def test_a_full_disk_costs_only_the_newest_checkpoint(

@@ -25,7 +25,7 @@ CONDITIONS = Conditions(
     [
         (1.0, 1.0, {"full"}),
         (1.0, 4.0, {"full", "no_audio"}),
-        (5.0, 1.0, {"full", "no_text", "none"}),
+        (5.0, 1.0, {"full", "no_text"}),
         (5.0, 4.0, {"full", "no_text", "none"}),
         (0.0, 0.0, {"full", "no_text", "none"}),
     ],

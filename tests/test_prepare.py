@@ -111,7 +111,7 @@ def test_same_folder_gives_same_bytes(folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         run(folder, tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == ["census.json", "census.png", "index.json", "shard-000000.tar"]
+    assert files == ["begun.txt", "census.json", "census.png", "index.json", "shard-000000.tar"]
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -430,8 +430,11 @@ def test_no_media(tmp_path: Path) -> None:
 def test_used_folders_are_left_alone(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(folder, out)
-    with pytest.raises(InputError, match="already holds shards"):
-        run(folder, out)
+    before = (out / "shard-000000.tar").stat().st_mtime_ns
+    assert len(run(folder, out).kept) == 1
+    assert (out / "shard-000000.tar").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="already holds shards, of other clips or settings"):
+        run(folder, out, clip_seconds=9)
     (out / "notes.txt").write_text("mine")
     run(folder, out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
@@ -445,6 +448,9 @@ def test_unfinished_folder_is_begun_again(folder: Path, tmp_path: Path) -> None:
     out.mkdir()
     for name in ("shard-000000.tar", "shard-000007.tar", "shard-000008.tar.partial"):
         (out / name).write_bytes(b"left over")
+    with pytest.raises(InputError, match="already holds shards"):
+        run(folder, out)
+    (out / "begun.txt").write_text("an unfinished run")
     run(folder, out)
     assert [path.name for path in sorted(out.glob("shard*"))] == ["shard-000000.tar"]
     with tarfile.open(out / "shard-000000.tar") as tar:
@@ -460,9 +466,12 @@ def test_out_inside_the_source_is_not_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"window_frames": 10}, "window_frames: 10 is not 4n"),
-        ({"clip_seconds": 0.2}, "clip_seconds: 0.2 is shorter than a window of 9 frames"),
-        ({"sequence_fps": 0}, "sequence_fps: 0 must be above 0"),
+        ({"window_frames": 10}, "window: 10 is not 4n"),
+        (
+            {"clip_seconds": 0.2},
+            "clip-seconds: 0.2 must be a number, not shorter than a window of 9 frames",
+        ),
+        ({"sequence_fps": 0}, "sequence-fps: 0 is not between 0 and 1000"),
         ({"buckets": "640"}, "buckets: '640' is no size; valid: 480, 720"),
     ],
 )

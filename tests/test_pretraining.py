@@ -43,7 +43,7 @@ def run(task: str, shards: Path, **more: Any) -> Path:
         "data.context_frames": 1,
         "data.batch_size": 2,
         "data.num_workers": 0,
-        "optimizer.lr": 5e-3,
+        "optimizer.lr": {"video": 0.05}.get(task, 5e-3),
         "optimizer.course": "constant",
         "optimizer.warmup_steps": 0,
         "trainer.max_steps": 12,

@@ -250,7 +250,8 @@ def test_the_hash_follows_values_not_spelling() -> None:
         (GOOD + "shards: portrait.png\n", "talk.yaml:3: shards: 'portrait.png' is a file"),
         (
             GOOD + "portrait: shrads/a/b.png\n",
-            "talk.yaml:3: portrait: 'shrads' does not exist; did you mean 'shards'?",
+            "talk.yaml:3: portrait: 'shrads/a/b.png' does not exist: there is no 'shrads'; did you "
+            "mean 'shards'?",
         ),
         (
             GOOD + "portrait: shipped:date/x.png\n",
@@ -367,7 +368,7 @@ def test_overriding_the_type_drops_the_old_keys(overrides: list[str]) -> None:
         (["seed"], "command line: 'seed': write it as key=value"),
         (["=1"], "command line: '=1': write it as key=value"),
         (["adapter..rank=1"], "command line: 'adapter..rank=1': write it as key=value"),
-        (["adapter.targets=[a"], "command line: adapter.targets: is not YAML: "),
+        (["adapter.targets=[a"], 'command line: adapter.targets: "[a" '),
         (["adapter.type=lroa"], "command line: adapter.type: unknown 'lroa'; "),
         (["adapter=null"], "talk.yaml: adapter: missing; its types: full, lora"),
         (["extends=x.yaml"], "command line: extends: "),

@@ -6,8 +6,8 @@ import pytest
 
 from kit.errors import InputError
 from kit.recipe import read
-from kit.run.check import check, schema_of
-from kit.run.recipes import SAMPLE
+from kit.run.check import check
+from kit.run.recipes import SAMPLE, schema_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

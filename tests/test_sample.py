@@ -96,16 +96,42 @@ def test_an_adapter_of_another_base_is_refused(tiny_adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": "null"}, "image, video: give one"),
+        ({"image": "null"}, "image, video, size: give one"),
         ({"out": "talk.avi"}, "does not end in .mp4"),
         ({"audio": "missing.wav"}, "missing.wav"),
         ({"sampling.num_frames": 10}, "4n"),
         ({"adapter": ROOT / "README.md"}, "cannot be read"),
+        ({"audio": ROOT / "README.md"}, "audio: .*cannot be read"),
+        ({"image": ROOT / "README.md", "audio": ROOT / "README.md"}, "image: .*\n.*audio: "),
+        ({"size": "64x64"}, "image, video, size: give one"),
+        ({"image": "null", "size": "64x65"}, "64x65"),
     ],
 )
 def test_unfit_input_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         sample(str(RECIPE), words(**change), print_nothing)
+
+
+def test_an_input_is_never_overwritten() -> None:
+    with VideoWriter(Path("source.mp4"), fps=25, height=64, width=64) as writer:
+        writer.write(np.full((10, 64, 64, 3), 40, np.uint8))
+    before = Path("source.mp4").read_bytes()
+    arguments = words(image="null", video="source.mp4", out="./source.mp4")
+    with pytest.raises(InputError, match="out: source.mp4 is one of the inputs"):
+        sample(str(RECIPE), arguments, print_nothing)
+    assert Path("source.mp4").read_bytes() == before
+
+
+def test_text_and_speech_alone_make_a_video() -> None:
+    arguments = words(image="null", size="48x80", out="new/folder/alone.mp4")
+    info = probe(sample(str(RECIPE), arguments, print_nothing))
+    assert (info.height, info.width, info.num_frames) == (48, 80, 20)
+
+
+def test_a_recipe_of_another_command_is_one_line() -> None:
+    with pytest.raises(InputError, match="quickstart.yaml is a recipe for `kit fit`") as error:
+        sample(str(ROOT / "recipes" / "quickstart.yaml"), [], print_nothing)
+    assert "\n" not in str(error.value)
 
 
 def test_silence_of_no_length_is_refused() -> None:

@@ -109,6 +109,9 @@ class GivenFeatures:
     def encode_speech(self, waveform: Tensor) -> Tensor:
         return self.inputs["audio0"][None]
 
+    def release(self, *parts: str) -> None:
+        """Nothing was loaded."""
+
 
 class SourceFrames:
     """The fixture's source video."""

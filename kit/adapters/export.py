@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from kit.adapters.files import AdapterInfo, load_adapter
+from kit.adapters.files import AdapterInfo, load_adapter, write_tensors
 from kit.adapters.metadata import metadata
 from kit.errors import InputError, did_you_mean
+from kit.models.keys import is_audio
 
 TRUNK = "transformer."
 """Our names start so where diffusers' Wan has the same layer."""
@@ -25,7 +25,7 @@ class Exported:
 
     Attributes:
         files: written.
-        matched: keys that the program knows.
+        matched: keys written for layers of Wan's trunk, by the table of its public names.
         unmatched: our names of tensors that it does not, and why.
     """
 
@@ -33,6 +33,9 @@ class Exported:
     matched: tuple[str, ...]
     unmatched: Mapping[str, str]
 
+
+PREFIX = "diffusion_model."
+"""What ComfyUI and the public InfiniteTalk code expect before the names of factors."""
 
 PublicName = Callable[[str], str | None]
 """Translates our name of a layer or tensor to the public checkpoint's, if it has one."""
@@ -73,7 +76,7 @@ def _comfyui(
     trunk, rest = _split(tensors)
     header = metadata(info, _layers(trunk), float(info.rank))
     named = _public(trunk, info, public_name)
-    written = {f"diffusion_model.{name}": tensor for name, tensor in named.items()}
+    written = {PREFIX + name: tensor for name, tensor in named.items()}
     return _save(out / f"{info.name}_comfyui.safetensors", written, header, rest, info, public_name)
 
 
@@ -84,7 +87,7 @@ def _base(
     if info.train_fully != ("all",):
         raise InputError("export: only a fully trained denoiser is a base; this is an adapter")
     halves = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
-    audio = {name: tensor for name, tensor in halves.items() if "audio" in name or "norm_x" in name}
+    audio = {name: tensor for name, tensor in halves.items() if is_audio(name)}
     trunk = {n.removeprefix(TRUNK): t for n, t in halves.items() if n not in audio}
     files = {
         out / "transformer" / "diffusion_pytorch_model.safetensors": trunk,
@@ -92,7 +95,7 @@ def _base(
     }
     for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(content, path, metadata={"format": "pt"})
+        write_tensors(path, content, {"format": "pt"})
     return Exported(tuple(files), tuple(tensors), {})
 
 
@@ -107,7 +110,7 @@ def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     trunk = {
         name: tensor
         for name, tensor in tensors.items()
-        if name.startswith(TRUNK) and ".lora_" in name and "audio" not in name
+        if name.startswith(TRUNK) and ".lora_" in name and not is_audio(name)
     }
     return trunk, {name: tensor for name, tensor in tensors.items() if name not in trunk}
 
@@ -122,11 +125,16 @@ def _save(
 ) -> Exported:
     files = []
     if trunk:
-        save_file(trunk, file, metadata=header)
+        write_tensors(file, trunk, header)
         files.append(file)
     if rest:
         files.append(file.parent / f"{info.name}_audio.safetensors")
-        save_file(_public(rest, info, public_name), files[-1], metadata={"format": "pt"})
+        # Factors are looked for below this prefix; whole tensors are public files of their own.
+        audio = {
+            (PREFIX if ".lora_" in name else "") + name: tensor
+            for name, tensor in _public(rest, info, public_name).items()
+        }
+        write_tensors(files[-1], audio, {"format": "pt"})
     reason = f"no layer of Wan's trunk; in {info.name}_audio.safetensors"
     return Exported(tuple(files), tuple(trunk), dict.fromkeys(rest, reason))
 

@@ -41,10 +41,18 @@ class AdapterInfo:
 
 def write_adapter(path: Path, tensors: Mapping[str, Tensor], info: AdapterInfo) -> None:
     """Write an adapter file; a file of that name is replaced only by a complete one."""
+    write_tensors(path, tensors, {"format": "pt", HEADER: json.dumps(asdict(info))})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file; a file of that name is replaced only by a complete one."""
     partial = path.with_suffix(".partial")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, partial, metadata={"format": "pt", HEADER: json.dumps(asdict(info))})
-    partial.replace(path)
+    try:
+        save_file(contiguous, partial, metadata=header)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_adapter(path: Path) -> tuple[dict[str, Tensor], AdapterInfo]:
@@ -63,7 +71,9 @@ def load_adapter(path: Path) -> tuple[dict[str, Tensor], AdapterInfo]:
         raise InputError(f"adapter: {path} cannot be read: {error}") from error
     if header is None:
         raise InputError(f"adapter: {path} was not written by this kit")
-    values = json.loads(header)
-    return tensors, AdapterInfo(
-        **{**values, "parts": tuple(values["parts"]), "train_fully": tuple(values["train_fully"])}
-    )
+    try:
+        values = json.loads(header)
+        lists = {name: tuple(values[name]) for name in ("parts", "train_fully")}
+        return tensors, AdapterInfo(**{**values, **lists})
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"adapter: the header of {path} is of another version: {error}") from error

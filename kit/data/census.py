@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+NO_CAPTION = "has no caption"
+"""Begins the warning that can concern every file."""
+
 CENSUS_NAME = "census.json"
 MAX_LISTED = 20
 
@@ -89,7 +92,9 @@ class Census:
         yield f"dropped   {len(self.dropped)}"
         yield from _shortened([dropped.reason for dropped in self.dropped])
         yield f"warnings  {len(self.warnings)}"
-        yield from _shortened(self.warnings)
+        bare = [warning for warning in self.warnings if NO_CAPTION in warning]
+        grouped = bare if len(bare) <= 3 else [f"{len(bare)} files: {bare[0]}, and so on"]
+        yield from _shortened([w for w in self.warnings if w not in bare] + grouped)
         yield f"video     {self.seconds:.1f} s, speech {self.speech_seconds:.1f} s"
         yield f"buckets   {_listed(self.buckets)}"
         yield f"sources   {_listed(self.source_sizes)}"
@@ -105,6 +110,18 @@ class Census:
             "cut": self.cut,
         }
         return summary | asdict(self)
+
+
+def load_census(folder: Path) -> Census:
+    """Read `census.json` again."""
+    facts = json.loads((folder / CENSUS_NAME).read_text(encoding="utf-8"))
+    return Census(
+        kept=[KeptClip(**clip) for clip in facts["kept"]],
+        dropped=[Dropped(**drop) for drop in facts["dropped"]],
+        warnings=facts["warnings"],
+        source_sizes=Counter(facts["source_sizes"]),
+        num_bytes=facts["num_bytes"],
+    )
 
 
 def _shortened(sentences: Sequence[str]) -> Iterator[str]:

@@ -1,18 +1,21 @@
 """Cutting a source into clips of one length and size, encoded as shards hold them."""
 
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, zeros
 
 from kit.batch import SAMPLE_RATE
 from kit.data.buckets import Buckets, fit, fit_mask, nearest_bucket
-from kit.data.census import Census
+from kit.data.census import NO_CAPTION, Census
 from kit.data.contact_sheet import strip_frames
 from kit.data.fields import Meta
 from kit.data.footage import Footage, Frames, open_footage
@@ -20,6 +23,10 @@ from kit.data.media import encode_clip, encode_wav, load_image
 from kit.data.sources import Source
 from kit.data.speakers import find_speakers, load_masks, load_tracks
 from kit.errors import InputError
+from kit.masks import check_speaker_masks, latent_masks
+
+PIXEL_STRIDE = 8
+"""Pixels in a latent position of every base so far: masks are judged at that size."""
 
 _NOTABLE_GAP_SECONDS = 0.2
 _NOTABLE_ENLARGEMENT = 1.5
@@ -225,14 +232,26 @@ def _masks_as_members(
                 f"after the cut to {width}x{height} pixels"
             )
         members[f"speaker{number}.png"] = _png(fitted)
+    if masks:
+        stacked = np.stack([fit_mask(mask, height, width) for mask in masks])
+        check_speaker_masks(latent_masks(torch.from_numpy(stacked), PIXEL_STRIDE), str(source.path))
     return members
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    encoding = "utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in UTF-8; save it so") from error
 
 
 def _caption(source: Source, census: Census) -> bytes:
     path = source.beside(".txt")
-    text = path.read_text(encoding="utf-8-sig", errors="replace").strip() if path.exists() else ""
+    text = _read_text(path).strip() if path.is_file() else ""
     if not text:
-        census.warnings.append(f"{source.path} has no caption; write one into {path.name}")
+        census.warnings.append(f"{source.path} {NO_CAPTION}; write one into {path.name}")
     return text.encode()
 
 

@@ -22,10 +22,16 @@ from kit.data.clips import (
 from kit.data.fields import INDEX_NAME, IndexedShard, Settings
 from kit.data.shards import Shards
 from kit.data.windows import WindowPlan, plan_windows
-from kit.data.writer import index_tar, write_index, write_shard
+from kit.data.writer import index_tar, shard_name, write_index, write_shard
 from kit.errors import InputError
 from kit.reference import followed_by_grey
 from kit.speech import speech_windows
+
+CLIPS_PER_SHARD = 8
+"""Few, because a run that is stopped goes on behind the last whole shard."""
+
+BEGUN_NAME = "begun.json"
+"""What an encoding was begun with, so that only the same one goes on."""
 
 COPIED = ("json", "txt", "truth.json")
 """Members that an encoded sample takes over from the raw one, beside the masks."""
@@ -128,8 +134,9 @@ def encode_shards(
     report: Callable[[str], None],
     *,
     overwrite: bool = False,
+    clips_per_shard: int = CLIPS_PER_SHARD,
 ) -> None:
-    """Encode every window of every clip of raw shards, shard by shard.
+    """Encode every window of every clip of raw shards, a few clips at a time.
 
     A run that was stopped goes on behind the last shard that it finished.
 
@@ -141,6 +148,7 @@ def encode_shards(
         settings: what the features depend on; kept in the index and compared when resuming.
         report: told after each shard.
         overwrite: begin anew where out was begun with other clips or settings.
+        clips_per_shard: what an interruption costs at most.
 
     Raises:
         InputError: source holds no raw shards, or out was begun with other clips or settings.
@@ -149,14 +157,16 @@ def encode_shards(
     if shards.kind != "raw":
         raise InputError(f"{source}: these shards are encoded already; give the raw ones")
     out.mkdir(parents=True, exist_ok=True)
-    _begin(out, {"source": _digest(source / INDEX_NAME), **settings}, overwrite=overwrite)
+    _begin(out, {"source": _digest(source), **settings}, overwrite=overwrite)
     finished: list[IndexedShard] = []
-    for number, samples in enumerate(shards.by_file()):
-        target = out / f"shard-{number:06d}.tar"
+    starts = range(0, len(shards), clips_per_shard)
+    for number, start in enumerate(starts):
+        target, stop = out / shard_name(number), min(start + clips_per_shard, len(shards))
         if not target.exists():
-            write_shard(target, (_encoded(shards, sample, encoder, plan) for sample in samples))
+            clips = (_encoded(shards, clip, encoder, plan) for clip in range(start, stop))
+            write_shard(target, clips)
         finished.append(index_tar(target))
-        report(f"{target}: {len(samples)} clips encoded")
+        report(f"{stop} of {len(shards)} clips encoded")
     write_index(out, "encoded", settings, finished)
 
 
@@ -195,8 +205,9 @@ def _windows(
 
 def _begin(out: Path, begun: Settings, *, overwrite: bool) -> None:
     """Keep the shards of an interrupted run if it encoded the same clips in the same way."""
-    path = out / "begun.json"
-    before = json.loads(path.read_text()) if path.exists() else begun
+    path = out / BEGUN_NAME
+    has_shards = any(out.glob("shard-*.tar"))
+    before = _read_begun(path) if has_shards or path.exists() else begun
     if before != begun and not overwrite:
         differing = next(key for key, value in begun.items() if before.get(key) != value)
         what = "clips" if differing == "source" else f"{differing} {before.get(differing)!r}"
@@ -204,8 +215,23 @@ def _begin(out: Path, begun: Settings, *, overwrite: bool) -> None:
     if before != begun:
         for old in (*out.glob("shard-*.tar"), out / INDEX_NAME):
             old.unlink(missing_ok=True)
-    path.write_text(json.dumps(begun, indent=2) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(begun, indent=2) + "\n")
+    partial.replace(path)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _read_begun(path: Path) -> Settings:
+    try:
+        begun: Settings = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return begun
+
+
+def _digest(folder: Path) -> str:
+    """Hash all that a folder of shards holds: a caption can change without changing a size."""
+    digest = hashlib.sha256()
+    for path in sorted((*folder.glob("*.tar"), folder / INDEX_NAME)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -6,6 +6,9 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 INDEX_NAME = "index.json"
+ENCODED_FOLDER = "encoded"
+"""Where encoded shards lie, inside the folder of the raw ones."""
+
 INDEX_FORMAT = "charakit-shards"
 INDEX_VERSION = 1
 
@@ -84,22 +87,3 @@ class Index(TypedDict):
     kind: ShardKind
     settings: Settings
     shards: list[IndexedShard]
-
-
-RAW_MEMBERS = {
-    "json": "facts about the clip, see Meta",
-    "txt": "caption, UTF-8, may be empty",
-    "mp4": "video: H.264 at the index's fps, height x width, no sound",
-    "png": "image: RGB, in place of mp4",
-    "wav": "speech: 32-bit float, 16 kHz, one channel for each speaker, as long as the video",
-    "speaker0.png": "mask of the first speaker: 8-bit grey, 255 inside, at the video's size",
-}
-
-ENCODED_MEMBERS = {
-    "json": "as in the raw shard",
-    "txt": "as in the raw shard",
-    "text.safetensors": "text [L, D] and null_text [L', D], real rows only",
-    "speech.safetensors": "speech [S, T, M, D] of the whole clip; zeros [1, 1, M, D] for images",
-    "window0.safetensors": "latents [C, F, H, W], reference.k [C, F, H, W], image.k [K, D]",
-    "speaker0.png": "as in the raw shard",
-}

@@ -1,5 +1,6 @@
 """A loader that goes on where it stopped, whatever the number of its workers."""
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -74,6 +75,7 @@ class ResumableLoader:
             batch_sampler=order,
             num_workers=self.num_workers,
             collate_fn=self.collate,
+            worker_init_fn=_leave_signals_to_parent,
         )
         for batch in loader:
             self.handed_out += 1
@@ -86,3 +88,9 @@ class ResumableLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind the batches of a saved state, also with another number of processes."""
         self.handed_out = state["batches"] // self.world
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Let the main process finish its step when a whole process group is asked to stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,5 +1,7 @@
 """The data of a run: shards, raw or encoded, to batches on the training device."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +13,7 @@ from pydantic import Field
 from kit.batch import Batch, collate
 from kit.data.clips import EncodedClips, RawClips, Selection
 from kit.data.encode import ClipEncoder, ClipEncoders
-from kit.data.fields import Settings
+from kit.data.fields import ENCODED_FOLDER, INDEX_NAME, Meta, Settings
 from kit.data.loader import ResumableLoader
 from kit.data.order import Order
 from kit.data.shards import Shards
@@ -29,7 +31,7 @@ class ShardData(LightningDataModule):
         pixel_stride: pixels in a latent position of the base.
         fps: frames per second of the base.
         fingerprint: of the base's encoders; None if the base cannot tell.
-        path: folder that `kit prepare` wrote, raw or encoded.
+        path: folder that `kit prepare` wrote; encoded shards inside it win over the raw ones.
         batch_size: windows in a batch.
         window_frames: video frames in a window, 4n + 1; Wan was trained on 81.
         windows_per_clip: windows of a clip at most, spread evenly.
@@ -77,6 +79,12 @@ class ShardData(LightningDataModule):
         self.pixel_stride = pixel_stride
 
     @property
+    def folder(self) -> Path:
+        """Find the shards to use: encoded ones, if there are any."""
+        encoded = self.path / ENCODED_FOLDER
+        return encoded if (encoded / INDEX_NAME).exists() else self.path
+
+    @property
     def settings(self) -> Settings:
         """Name everything that encoded features depend on."""
         return {
@@ -92,6 +100,10 @@ class ShardData(LightningDataModule):
 
     def problems(self) -> list[str]:
         """List what is wrong with the options or the shards, in words."""
+        return [*self.option_problems(), *self.shard_problems(self.folder)]
+
+    def option_problems(self) -> list[str]:
+        """List options that do not go together, in words."""
         found = [
             f"data.{name}: {value} is not 4n + 1 frames"
             for name, value in (
@@ -105,13 +117,16 @@ class ShardData(LightningDataModule):
                 f"data.context_frames: {self.context_frames} leave nothing to learn of a window "
                 f"of {self.plan.window_frames} frames"
             )
-        try:
-            shards = Shards(self.path)
-        except InputError as error:
-            return [*found, f"data.path: {error}"]
-        return [*found, *self._unfit(shards)]
+        return found
 
-    def _unfit(self, shards: Shards) -> list[str]:
+    def shard_problems(self, folder: Path) -> list[str]:
+        """List what about the shards of a folder does not fit the options, in words."""
+        try:
+            shards = Shards(folder)
+        except InputError as error:
+            return [f"data.path: {error}"]
+        if len(shards) == 0:
+            return [f"data.path: {folder} holds no samples"]
         if shards.kind == "encoded" and shards.settings != self.settings:
             return [
                 f"data.{name}: the shards were encoded with {shards.settings.get(name)!r}, the "
@@ -122,18 +137,26 @@ class ShardData(LightningDataModule):
         metas = [(shards.key(i), shards.meta(i)) for i in range(len(shards))]
         short = [k for k, m in metas if 1 < m["num_frames"] < self.plan.window_frames]
         slow = [k for k, m in metas if m["fps"] != self.plan.fps]
+        unplaced = [k for k, m in metas if not _has_places(m)]
         return [
             f"{place}: {len(keys)} clips {what}, such as {keys[0]}; prepare them again"
             for place, keys, what in (
                 ("data.window_frames", short, "are shorter than a window"),
                 ("data.path", slow, f"are not at {self.plan.fps} frames per second"),
+                ("data.path", unplaced, "do not have a mask for each of several speakers"),
             )
             if keys
         ]
 
+    def digest(self) -> str:
+        """Identify the samples, the same for raw and encoded shards, wherever they lie."""
+        shards = Shards(self.folder)
+        facts = [(shards.key(number), shards.meta(number)) for number in range(len(shards))]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
     def notes(self) -> list[str]:
         """List what is worth knowing before a run, in words; the shards are known to be fit."""
-        shards = Shards(self.path)
+        shards = Shards(self.folder)
         windows = [
             window
             for number in range(len(shards))
@@ -166,7 +189,7 @@ class ShardData(LightningDataModule):
             num_batches: batches that one process will use.
             place: (rank, world) of this process.
         """
-        shards = Shards(self.path)
+        shards = Shards(self.folder)
         selection = Selection(
             self.plan,
             self.first_chunk,
@@ -205,3 +228,8 @@ class ShardData(LightningDataModule):
         meta = shards.meta(number)
         num_frames = 1 if meta["kind"] == "image" else self.plan.window_frames
         return num_frames, meta["height"], meta["width"]
+
+
+def _has_places(meta: Meta) -> bool:
+    """Tell whether speakers and masks go together: one speaker needs none."""
+    return meta["num_masks"] in ({0, 1} if meta["num_speakers"] < 2 else {meta["num_speakers"]})

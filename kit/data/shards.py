@@ -31,13 +31,6 @@ class Shards:
         """Count the samples."""
         return len(self._entries)
 
-    def by_file(self) -> list[list[int]]:
-        """List the numbers of the samples of each shard."""
-        numbers: dict[str, list[int]] = {}
-        for number, (file, _) in enumerate(self._entries):
-            numbers.setdefault(file, []).append(number)
-        return list(numbers.values())
-
     def key(self, number: int) -> str:
         """Name a sample."""
         return self._sample(number)["key"]

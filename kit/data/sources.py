@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kit.data.fields import INDEX_NAME
 from kit.errors import InputError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi")
@@ -13,6 +14,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SOUND_SUFFIXES = (".wav", ".flac")
 
 _SPEAKER_FILE = re.compile(r".+\.speaker\d+\.png", re.IGNORECASE)
+_SIDE_SUFFIXES = (".txt", ".json", *SOUND_SUFFIXES)
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 _MASK_IN_JSON = re.compile(r'"mask"\s*:\s*"([^"]+)"')
 
@@ -30,13 +32,15 @@ class Source:
     pictures: tuple[Path, ...] = ()
 
     def beside(self, ending: str) -> Path:
-        """Name the file of the same stem with another ending, such as `.txt`."""
+        """Name the file of the same stem with another ending, such as `.txt`, in any case."""
         stem = self.path.name if self.kind == "sequence" else self.path.stem
-        return self.path.with_name(stem + ending)
+        wanted = (stem + ending).lower()
+        found = (p for p in self.path.parent.iterdir() if p.name.lower() == wanted and p.is_file())
+        return next(found, self.path.with_name(stem + ending))
 
     def sound_beside(self, middle: str = "") -> Path | None:
         """Find `<stem><middle>.wav` or `.flac`."""
-        return next((p for s in SOUND_SUFFIXES if (p := self.beside(middle + s)).exists()), None)
+        return next((p for s in SOUND_SUFFIXES if (p := self.beside(middle + s)).is_file()), None)
 
 
 def find_sources(place: Path, leave_out: Path) -> list[Source]:
@@ -52,6 +56,8 @@ def find_sources(place: Path, leave_out: Path) -> list[Source]:
     known = ", ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
     if not place.exists():
         raise InputError(f"{place}: there is no such file or folder")
+    if (place / INDEX_NAME).exists():
+        raise InputError(f"{place} holds shards, no clips; `--encode` would encode them")
     if place.is_file():
         found = list(_lone_sources([place]))
     else:
@@ -61,6 +67,19 @@ def find_sources(place: Path, leave_out: Path) -> list[Source]:
     if not found:
         raise InputError(f"{place} holds no media; looked for {known}")
     return sorted(found, key=lambda source: source.path)
+
+
+def find_unknown(place: Path, leave_out: Path) -> list[Path]:
+    """List the files of a folder that are neither media nor stand beside any."""
+    if not place.is_dir():
+        return []
+    known = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, *_SIDE_SUFFIXES)
+    files = sorted(path for path in place.rglob("*") if not path.is_dir())
+    return [
+        path
+        for path in files
+        if path.suffix.lower() not in known and not _is_left_out(path, place, leave_out)
+    ]
 
 
 def _group(place: Path, files: Sequence[Path]) -> list[Source]:
@@ -103,7 +122,7 @@ def _is_sequence(members: Sequence[Path]) -> bool:
     names = [_NUMBERED.fullmatch(path.stem) for path in members]
     images = all(path.suffix.lower() in IMAGE_SUFFIXES for path in members)
     one_name = all(names) and len({name[1] for name in names if name}) == 1
-    captioned = any(path.with_suffix(".txt").exists() for path in members)
+    captioned = any(path.with_suffix(".txt").is_file() for path in members)
     return len(members) > 1 and images and one_name and not captioned
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kit.draws import draw_index, draw_uniform, seed_of
+from kit.errors import InputError
 
 ReferenceStrategy = Literal["first", "m0", "m1", "m2", "m3"]
 
@@ -74,13 +75,13 @@ def plan_windows(key: str, num_frames: int, plan: WindowPlan) -> tuple[Window, .
     """List the windows of a clip; a single frame has one window of one frame.
 
     Raises:
-        ValueError: the clip is shorter than a window and not a still picture.
+        InputError: the clip is shorter than a window and not a still picture.
     """
     if num_frames == 1:
         return (Window(0, 1, (0,), has_strategy_frames=True),)
     last_start = num_frames - plan.window_frames
     if last_start < 0:
-        raise ValueError(f"{key}: {num_frames} frames are fewer than {plan.window_frames}")
+        raise InputError(f"{key}: {num_frames} frames are fewer than {plan.window_frames}")
     count = min(plan.windows_per_clip, last_start + 1)
     starts = [round(i * last_start / max(count - 1, 1)) for i in range(count)]
     return tuple(_window(key, start, num_frames, plan) for start in starts)

@@ -19,19 +19,11 @@ class Geometry:
         fps: video frames per second that the base was trained on.
         frame_stride: video frames in one latent frame, after the first.
         pixel_stride: pixels in one latent position, each way.
-        size_multiple: picture height and width are multiples of it, in pixels.
-        latent_channels: channels of the latents.
     """
 
     fps: int = 25
     frame_stride: int = 4
     pixel_stride: int = 8
-    size_multiple: int = 16
-    latent_channels: int = 16
-
-    def num_latent_frames(self, num_frames: int) -> int:
-        """Count the latent frames of a clip; num_frames is 4n + 1."""
-        return 1 + (num_frames - 1) // self.frame_stride
 
 
 class Denoiser(nn.Module, ABC):
@@ -74,10 +66,6 @@ class Denoiser(nn.Module, ABC):
 class Encoders(Protocol):
     """The frozen networks around the denoiser; all results are float32."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where they compute."""
-
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Turn pixels, -1 to 1, [B, 3, T, H, W], into normalised latents [B, C, F, h, w]."""
 
@@ -93,7 +81,13 @@ class Encoders(Protocol):
     def encode_speech(self, waveform: Tensor) -> Tensor:
         """Turn tracks at 16 kHz, [S, samples], into features at the base's fps. [S, T, M, D]
 
-        T is int(samples / 16000 * fps).
+        T is samples * fps // 16000.
+        """
+
+    def release(self, *parts: str) -> None:
+        """Free networks (video, text, image, speech), all if none is named.
+
+        They are read again when they are needed.
         """
 
 

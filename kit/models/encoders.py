@@ -51,11 +51,12 @@ class VideoEncoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode one video, -1 to 1, [3, T, H, W], by the mean of its posterior. [C, F, h, w]"""
         mean: Tensor = self.vae.encode(pixels[None]).latent_dist.mode()[0]
-        return (mean - self._mean) / self._std
+        return (mean - self._mean.to(mean)) / self._std.to(mean)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [C, F, h, w] of one video and clamp to -1 to 1. [3, T, H, W]"""
-        video: Tensor = self.vae.decode((latents * self._std + self._mean)[None]).sample[0]
+        given = latents * self._std.to(latents) + self._mean.to(latents)
+        video: Tensor = self.vae.decode(given[None]).sample[0]
         return video.clamp(-1, 1)
 
 
@@ -96,7 +97,7 @@ class ImageEncoder:
         """Encode one picture, -1 to 1, [3, H, W], squashed to CLIP's square. [K, D]"""
         side = cast(int, self.network.config.image_size)
         square = F.interpolate(pixels[None], (side, side), mode="bicubic", align_corners=False)
-        inputs = (square / 2 + 0.5 - self._mean) / self._std
+        inputs = (square / 2 + 0.5 - self._mean.to(square)) / self._std.to(square)
         states: Tensor = self.network(inputs, output_hidden_states=True).hidden_states[-2][0]
         return states
 
@@ -113,7 +114,7 @@ class SpeechEncoder:
 
     def encode(self, waveform: Tensor) -> Tensor:
         """Encode one track [samples]; the outputs of all M layers are kept. [T, M, D]"""
-        num_frames = int(len(waveform) / SAMPLE_RATE * self.fps)
+        num_frames = len(waveform) * self.fps // SAMPLE_RATE
         centred = waveform - waveform.mean()
         scaled = centred / (centred.square().mean() + 1e-7).sqrt()
         features = self.network.feature_extractor(scaled[None])
@@ -189,10 +190,10 @@ class WanEncoders:
         tracks = waveform.to(self.device, torch.float32)
         return torch.stack([self._speech.encode(track) for track in tracks])
 
-    def release(self) -> None:
-        """Free all networks; they are read again when needed."""
-        for name in ("_video", "_text", "_image", "_speech"):
-            self.__dict__.pop(name, None)
+    def release(self, *parts: str) -> None:
+        """Free networks (video, text, image, speech), all if none is named; see `Encoders`."""
+        for part in parts or ("video", "text", "image", "speech"):
+            self.__dict__.pop(f"_{part}", None)
 
     @cached_property
     def _video(self) -> VideoEncoder:
@@ -228,6 +229,10 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> ModelMixin | Pr
     Raises:
         InputError: the files lack some of its parameters.
     """
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder}: there are no safetensors; a repository may have them in @revision"
+        )
     network: ModelMixin | PreTrainedModel
     network, report = kind.from_pretrained(
         folder,

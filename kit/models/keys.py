@@ -58,6 +58,11 @@ _TRUNK_BACK = {public: ours for ours, public in TRUNK.items()}
 _BLOCK_BACK = {public: ours for ours, public in BLOCK.items()}
 
 
+def is_audio(name: str) -> bool:
+    """Tell whether a parameter is one of those that InfiniteTalk added to Wan."""
+    return "audio" in name or "norm_x" in name
+
+
 def public_name(name: str) -> str | None:
     """Translate our name of a tensor or module to the public one; None if it has none."""
     if _is_below(name, "audio_proj"):

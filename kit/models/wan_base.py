@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,7 +117,8 @@ class WanBase(Base):
         if files:
             load_weights(model, locate_tensors(files), device=device, dtype=self._dtype)
         else:
-            assert self._seed is not None
+            if self._seed is None:
+                raise InputError(f"base.path: '{self._path}' holds no weights of the denoiser")
             model.to_empty(device=device)
             draw_weights(model, self._seed, self._dtype)
         return model.requires_grad_(False).eval()
@@ -148,29 +150,31 @@ class WanBase(Base):
         with torch.device("meta"):
             return Wan(config, audio=sizes, text_length=self._text_length)
 
-    @property
+    @cached_property
     def _folder(self) -> Path:
         return _resolve(self._path, "base.path", WEIGHT_FILES)
 
-    @property
+    @cached_property
     def _speech_folder(self) -> Path:
         if self._audio_encoder is None:
             return self._folder / "audio_encoder"
         return _resolve(self._audio_encoder, "base.audio_encoder", WEIGHT_FILES)
 
-    @property
+    @cached_property
     def _configs(self) -> Path:
         return _resolve(self._path, "base.path", CONFIG_FILES)
 
-    @property
+    @cached_property
     def _speech_configs(self) -> Path:
         if self._audio_encoder is None:
             return self._configs / "audio_encoder"
         return _resolve(self._audio_encoder, "base.audio_encoder", CONFIG_FILES)
 
     def _weights_of(self, folder: Path) -> str:
-        if not Path(self._path).is_dir() and folder.is_relative_to(self._configs):
-            return self._configs.name  # the hub's cache names its folders after revisions
+        roots = {self._configs: self._path, self._speech_configs: self._audio_encoder}
+        for root, name in roots.items():
+            if name is not None and not Path(name).is_dir() and folder.is_relative_to(root):
+                return root.name  # the hub's cache names its folders after revisions
         return " ".join(f"{file.name}={_glance(file)}" for file in weight_files(folder))
 
     def _denoiser_files(self) -> list[Path]:

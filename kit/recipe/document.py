@@ -74,14 +74,23 @@ def parse_overrides(overrides: Sequence[str]) -> Document:
         if not sign or not all(keys):
             document.problems.append(f"{OVERRIDE_PLACE}: '{override}': write it as key=value")
             continue
-        try:
-            node = _compose(text)
-        except YAMLError as error:
-            document.problems.append(f"{OVERRIDE_PLACE}: {name}: {_reason(error)}")
-            continue
-        value = _plain(node, keys, None, document) if node is not None else None
-        _put(keys, value, document)
+        _put(keys, _override_value(text, keys, document), document)
     return document
+
+
+def _override_value(text: str, keys: Keys, document: Document) -> Any:
+    """Read lists, mappings, quoted text, numbers and words like true; all else is text as it is."""
+    try:
+        node = _compose(text)
+    except YAMLError:
+        return text
+    if node is None:
+        return None if text.strip() in ("", "~") else text
+    is_written_as_yaml = text.strip()[:1] in ("[", "{", '"', "'")
+    is_number_or_word = isinstance(node, ScalarNode) and not isinstance(_scalar(node), str)
+    if is_written_as_yaml or (is_number_or_word and node.value == text.strip()):
+        return _plain(node, keys, None, document)
+    return text
 
 
 def merge(below: Document, above: Document, default_types: Mapping[str, str | None]) -> Document:

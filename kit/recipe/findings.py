@@ -44,7 +44,8 @@ def nearest_path(path: Path) -> str:
     names = [entry.name for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
     nearest = difflib.get_close_matches(missing.name, names, n=1)
     hint = f"; did you mean '{missing.parent / nearest[0]}'?" if nearest else ""
-    return f"'{missing}' does not exist{hint}"
+    where = "" if missing == path else f": there is no '{missing}'"
+    return f"'{path}' does not exist{where}{hint}"
 
 
 def _keys_of(details: ErrorDetails, values: Any) -> Keys:

@@ -4,15 +4,12 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from kit.data.shards import Shards
 from kit.errors import InputError
-from kit.recipe import Recipe, Schema, find_recipe, json_schema, read
+from kit.recipe import Recipe, json_schema, read
 from kit.run.parts import build_fit
 from kit.run.pretrain import build_pretraining
-from kit.run.recipes import FIT, PRETRAIN, SAMPLE, SCHEMAS
+from kit.run.recipes import SCHEMAS, schema_of
 from kit.run.sample import build_sample
 
 
@@ -97,22 +94,6 @@ def _pretrain_notes(recipe: Recipe) -> list[str]:
 
 
 _NOTES = {"fit": _fit_notes, "sample": _sample_notes, "pretrain": _pretrain_notes}
-
-
-def schema_of(path: str) -> Schema:
-    """Tell whose recipe it is: a task is pretrained, data are for `kit fit`, the rest samples."""
-    keys = _keys(find_recipe(path))
-    return PRETRAIN if "task" in keys else FIT if "data" in keys else SAMPLE
-
-
-def _keys(path: Path) -> set[str]:
-    try:
-        values = YAML(typ="safe", pure=True).load(path)
-    except YAMLError:
-        return set()  # `read` will say what is wrong with it.
-    keys = set(values or ())
-    parent = path.parent / str(values["extends"]) if "extends" in keys else None
-    return keys | _keys(parent) if parent is not None and parent.is_file() else keys
 
 
 def _shards(folder: Path) -> list[str]:

@@ -5,28 +5,32 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from lightning import Callback, Trainer
+import torch
+from lightning import Callback
 
 from kit.adapters.files import AdapterInfo, write_adapter
+from kit.devices import choose_device
 from kit.errors import InputError
 from kit.models.base import Encoders
-from kit.recipe import Recipe, read
-from kit.run.devices import choose_device
+from kit.recipe import Recipe
 from kit.run.parts import FitParts, build_fit
-from kit.run.recipes import FIT
+from kit.run.recipes import FIT, read_as
 from kit.run.scenes import load_portrait, load_track, one_speaker
 from kit.sampling.pipeline import Scene
-from kit.training.checkpoints import newest_checkpoint, require_same_recipe
+from kit.training.checkpoints import newest_checkpoint, require_same_recipe, step_of
 from kit.training.curves import read_curves
 from kit.training.ema import AdapterEMA
 from kit.training.module import Fitting, LossNotFinite
 from kit.training.previews import Previews
+from kit.training.result import Result
 from kit.training.task import DenoiserTask
 
 RUNS = Path("runs")
+ADAPTER_NAME = "adapter.safetensors"
 
 
 def fit(recipe: str, overrides: Sequence[str], report: Callable[[str], None]) -> Path:
@@ -44,116 +48,122 @@ def fit(recipe: str, overrides: Sequence[str], report: Callable[[str], None]) ->
         InputError: something in the recipe or its files is wrong, or the loss became NaN.
         KeyboardInterrupt: the run was asked to stop; everything is saved.
     """
-    checked = read(recipe, overrides, FIT)
+    checked = read_as(recipe, overrides, FIT)
     parts = build_fit(checked)
     folder = RUNS / str(checked["name"])
+    # What the shards hold counts, not where they lie.
+    values = {**checked.values, "shards": parts.data.digest()}
     resume = newest_checkpoint(folder / "checkpoints")
     if resume is not None:
-        require_same_recipe(resume, checked.values)
+        require_same_recipe(resume, values)
+        if is_finished(resume, parts.training.max_steps, folder / ADAPTER_NAME):
+            report(f"{folder} is at step {step_of(resume)} already; there is nothing to do")
+            return folder
         report(f"going on from {resume}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(checked.text)
     for note in (*parts.base.notes(), *parts.data.notes()):
         report(note)
-    _train(checked, parts, folder, resume, report)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(checked.text)
+    _Run(checked, values, parts, folder, report).train(resume)
     return folder
 
 
-def _train(
-    recipe: Recipe,
-    parts: FitParts,
-    folder: Path,
-    resume: Path | None,
-    report: Callable[[str], None],
-) -> None:
-    seed, started = recipe["seed"], time.perf_counter()
-    device = choose_device(parts.training.device)
-    denoiser = parts.base.load_denoiser(device)
-    parts.adapter.inject(denoiser, seed)
-    denoiser.checkpoint_activations(parts.training.checkpoint_blocks)
-    task = DenoiserTask(denoiser, parts.objective, parts.dropout, seed)
-    module = Fitting(task, parts.optimizer, seed, dict(recipe.values))
-    trained = sum(parameter.numel() for parameter in module.trained().values())
-    module.train()
-    report(f"{trained:,} of {sum(p.numel() for p in denoiser.parameters()):,} parameters train")
+def is_finished(checkpoint: Path, max_steps: int, result: Path) -> bool:
+    """Tell whether a run has done all its steps and left its result."""
+    return step_of(checkpoint) >= max_steps and result.exists()
 
-    encoders = _Once(lambda: parts.base.load_encoders(device))
-    parts.data.prepare_run(encoders, seed, parts.training.num_batches, place=(0, 1))
-    ema = AdapterEMA(parts.training.ema_decay)
-    more = _previews(recipe, parts, folder, encoders, ema)
-    trainer = parts.training.trainer(folder, ema, more)
-    try:
-        trainer.fit(module, parts.data, ckpt_path=resume, weights_only=True)
-    except LossNotFinite as error:
-        _save(folder / "nan_report.json", error.report)
-        raise InputError(
-            f"{error}\nthe adapter and checkpoints of the steps before are in {folder}; "
-            f"{folder / 'nan_report.json'} names the samples"
-        ) from error
-    _finish(recipe, parts, folder, module, trainer, ema, time.perf_counter() - started)
-    if trainer.global_step < trainer.max_steps:
-        raise KeyboardInterrupt(
-            f"stopped at step {trainer.global_step}; the same command goes on from there"
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of `kit fit`, its recipe checked and its parts built."""
+
+    recipe: Recipe
+    values: Mapping[str, object]
+    parts: FitParts
+    folder: Path
+    report: Callable[[str], None]
+
+    def train(self, resume: Path | None) -> None:
+        """Load the base, train, and write the adapter."""
+        parts, seed, started = self.parts, self.recipe["seed"], time.perf_counter()
+        device = choose_device(parts.training.device)
+        encoders = _Once(lambda: parts.base.load_encoders(device))
+        ema = AdapterEMA(parts.training.ema_decay)
+        # Opened before the base is loaded: a wrong portrait should not cost minutes.
+        previews = self._previews(encoders, ema)
+        module = self._module(device)
+        parts.data.prepare_run(encoders, seed, parts.training.num_batches, place=(0, 1))
+        result = Result(lambda step: self._write(module, ema, step, started))
+        trainer = parts.training.trainer(self.folder, ema, [*previews, result])
+        try:
+            trainer.fit(module, parts.data, ckpt_path=resume, weights_only=True)
+        except LossNotFinite as error:
+            raise not_finite(error, self.folder) from error
+        if not result.is_written:
+            self._write(module, ema, trainer.global_step, started)
+        if trainer.global_step < trainer.max_steps:
+            raise KeyboardInterrupt(
+                f"stopped at step {trainer.global_step}; the same command goes on from there"
+            )
+        self.report(f"{self.folder / ADAPTER_NAME}: step {trainer.global_step}")
+
+    def _module(self, device: torch.device) -> Fitting:
+        parts, seed = self.parts, self.recipe["seed"]
+        denoiser = parts.base.load_denoiser(device)
+        parts.adapter.inject(denoiser, seed)
+        denoiser.checkpoint_activations(parts.training.checkpoint_blocks)
+        task = DenoiserTask(denoiser, parts.objective, parts.dropout, seed)
+        module = Fitting(task, parts.optimizer, seed, dict(self.values)).train()
+        trained = sum(parameter.numel() for parameter in module.trained().values())
+        every = sum(parameter.numel() for parameter in denoiser.parameters())
+        self.report(f"{trained:,} of {every:,} parameters train")
+        return module
+
+    def _previews(self, encoders: Callable[[], Encoders], ema: AdapterEMA) -> list[Callback]:
+        settings, sizes = self.parts.preview, self.parts.base.geometry
+        if settings is None:
+            return []
+        source, size = load_portrait(Path(settings.image), self.recipe["buckets"])
+        track = load_track(Path(settings.audio), sizes.fps, settings.seconds)
+
+        def scene() -> Scene:
+            return one_speaker(settings.text, track, source, size, sizes)
+
+        place, sampler = self.folder / "previews", self.parts.sampler
+        return [Previews(settings, place, sampler, encoders, scene, ema, sizes.fps)]
+
+    def _write(self, module: Fitting, ema: AdapterEMA, step: int, started: float) -> None:
+        adapter, recipe = self.parts.adapter, self.recipe
+        info = AdapterInfo(
+            name=recipe["name"],
+            base=recipe.values["base"]["type"],
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            parts=adapter.parts,
+            train_fully=adapter.train_fully,
+            steps=step,
+            recipe=recipe.text,
         )
-    report(f"{folder / 'adapter.safetensors'}: step {trainer.global_step}")
-
-
-def _finish(
-    recipe: Recipe,
-    parts: FitParts,
-    folder: Path,
-    module: Fitting,
-    trainer: Trainer,
-    ema: AdapterEMA,
-    seconds: float,
-) -> None:
-    info = AdapterInfo(
-        name=recipe["name"],
-        base=recipe.values["base"]["type"],
-        rank=parts.adapter.rank,
-        alpha=parts.adapter.alpha,
-        parts=parts.adapter.parts,
-        train_fully=parts.adapter.train_fully,
-        steps=trainer.global_step,
-        recipe=recipe.text,
-    )
-    with ema.applied(module):
-        write_adapter(folder / "adapter.safetensors", module.trained(), info)
-    losses = read_curves(folder / "metrics.csv")
-    _save(
-        folder / "fit.json",
-        {
-            "steps": trainer.global_step,
-            "seconds": round(seconds, 1),
-            "seconds_per_step": _median([float(row["seconds"]) for row in losses]),
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            "first_losses": _average_losses(losses[:10]),
-            "last_losses": _average_losses(losses[-10:]),
+        with ema.applied(module):
+            write_adapter(self.folder / ADAPTER_NAME, module.trained(), info)
+        facts = {
+            **_course(read_curves(self.folder / "metrics.csv")),
+            "seconds": round(time.perf_counter() - started, 1),
             "recipe_sha256": recipe.sha256,
             "versions": {name: version(name) for name in ("torch", "lightning", "peft")},
             "python": platform.python_version(),
-        },
+        }
+        (self.folder / "fit.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def not_finite(error: LossNotFinite, folder: Path) -> InputError:
+    """Save the report of a run whose loss became NaN, and say where to go on."""
+    path = folder / "nan_report.json"
+    path.write_text(json.dumps(error.report, indent=2) + "\n")
+    return InputError(
+        f"{error}\nstopped before that step; {path} names the samples, "
+        f"{folder / 'checkpoints'} holds the steps before"
     )
-
-
-def _previews(
-    recipe: Recipe,
-    parts: FitParts,
-    folder: Path,
-    encoders: Callable[[], Encoders],
-    ema: AdapterEMA,
-) -> list[Callback]:
-    settings, sizes = parts.preview, parts.base.geometry
-    if settings is None:
-        return []
-    source, size = load_portrait(Path(settings.image), recipe["buckets"])
-    track = load_track(Path(settings.audio), sizes.fps, settings.seconds)
-
-    def scene() -> Scene:
-        return one_speaker(settings.text, track, source, size, sizes)
-
-    place = folder / "previews"
-    return [Previews(settings, place, parts.sampler, encoders, scene, ema, sizes.fps)]
 
 
 class _Once:
@@ -169,14 +179,21 @@ class _Once:
         return self._loaded
 
 
-def _median(values: list[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None
+def _course(rows: list[dict[str, str]]) -> dict[str, object]:
+    seconds = [float(row["seconds"]) for row in rows]
+    memory = {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    if torch.cuda.is_available():
+        memory["peak_device_memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
+    return {
+        "steps": len(rows),
+        "seconds_in_steps": round(sum(seconds), 1),
+        "seconds_per_step": sorted(seconds)[len(seconds) // 2] if seconds else None,
+        **memory,
+        "first_losses": _average_losses(rows[:10]),
+        "last_losses": _average_losses(rows[-10:]),
+    }
 
 
 def _average_losses(rows: list[dict[str, str]]) -> dict[str, float]:
     names = [name for name in (rows[0] if rows else {}) if name.startswith("loss/")]
     return {name: sum(float(row[name]) for row in rows) / len(rows) for name in names}
-
-
-def _save(path: Path, values: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,14 +1,15 @@
 """The parts of a fine-tuning run, built from its recipe but not loaded yet."""
 
 from dataclasses import dataclass
-from typing import TypeVar
+
+import torch
 
 from kit.adapters.full import Full
 from kit.adapters.lora import Lora
 from kit.data.buckets import parse_buckets
 from kit.data.module import ShardData
 from kit.errors import InputError
-from kit.models.base import Base
+from kit.models.base import Base, Geometry
 from kit.objectives.base import Objective
 from kit.recipe import Recipe
 from kit.sampling.pipeline import TalkSampler
@@ -16,8 +17,6 @@ from kit.training.dropout import ConditionDropout
 from kit.training.optim import OptimizerSettings
 from kit.training.previews import PreviewSettings
 from kit.training.trainer import Training
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def build_fit(recipe: Recipe) -> FitParts:
     """
     base: Base = recipe.build("base")
     problems = base.problems()
-    data = build_data(recipe, base, fingerprint=None if problems else base.fingerprint())
+    data = build_data(recipe, base.geometry, None if problems else base.fingerprint())
     problems += data.problems()
     parts = FitParts(
         base=base,
@@ -61,14 +60,25 @@ def build_fit(recipe: Recipe) -> FitParts:
         parse_buckets(recipe["buckets"])
     except InputError as error:
         problems.append(str(error))
+    trains_whole_parts = bool(parts.adapter.train_fully)
+    is_half = recipe.values["base"].get("dtype") == "bfloat16"
+    if trains_whole_parts and is_half and parts.training.precision == "32-true":
+        problems.append(
+            "trainer.precision: 32-true cannot train whole parts, which are float32, in a base of "
+            "bfloat16; take bf16-mixed, or float32 for base.dtype"
+        )
+    if parts.training.device == "cuda" and not torch.cuda.is_available():
+        problems.append("trainer.device: there is no CUDA device here; take auto or cpu")
     _refuse(problems)
     _refuse(parts.adapter.problems(base.empty_denoiser()))
     return parts
 
 
-def build_data(recipe: Recipe, base: Base, fingerprint: str | None) -> ShardData:
-    """Build the data section for the sizes of a base."""
-    sizes = base.geometry
+def build_data(
+    recipe: Recipe, sizes: Geometry | None = None, fingerprint: str | None = None
+) -> ShardData:
+    """Build the data section for the sizes of a base, by default those of Wan."""
+    sizes = sizes or Geometry()
     data: ShardData = recipe.build(
         "data", sizes.frame_stride, sizes.pixel_stride, sizes.fps, fingerprint
     )

@@ -1,21 +1,19 @@
 """`kit prepare`: a folder of clips to shards, and shards to encoded shards."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from kit.data.encode import encode_shards
-from kit.data.fields import INDEX_NAME
+from kit.data.fields import ENCODED_FOLDER, INDEX_NAME
 from kit.data.prepare import prepare as prepare_clips
+from kit.devices import choose_device
 from kit.errors import InputError
 from kit.models.base import Base
-from kit.recipe import Recipe, read
-from kit.run.devices import choose_device
+from kit.recipe import Recipe
 from kit.run.parts import build_data
-from kit.run.recipes import FIT
+from kit.run.recipes import FIT, read_as
 from kit.shipped import resolve
-
-ENCODED = "encoded"
-"""Folder of the encoded shards, inside that of the raw ones."""
 
 DEFAULT_WINDOW, DEFAULT_BUCKETS = 81, "480"
 
@@ -52,7 +50,12 @@ def prepare(
     """
     if encode and recipe is None:
         raise InputError("prepare: --encode needs --recipe, for its base and its windows")
-    checked = None if recipe is None else read(recipe, [f"data.path={out}"], FIT)
+    checked = None
+    if recipe is not None:
+        checked = read_as(recipe, [f"data.path={json.dumps(str(out))}"], FIT)
+    if checked is not None and encode:
+        _refuse([*checked.build("base").problems(), *build_data(checked).option_problems()])
+    wanted = checked.values["data"]["window_frames"] if checked else DEFAULT_WINDOW
     source = Path(resolve(str(source)))
     raw = source
     if not (encode and (source / INDEX_NAME).exists()):
@@ -60,8 +63,7 @@ def prepare(
             source,
             out,
             buckets=buckets or (checked["buckets"] if checked else DEFAULT_BUCKETS),
-            window_frames=window
-            or (checked.values["data"]["window_frames"] if checked else DEFAULT_WINDOW),
+            window_frames=wanted if window is None else window,
             clip_seconds=clip_seconds,
             sequence_fps=sequence_fps,
             overwrite=overwrite,
@@ -70,17 +72,20 @@ def prepare(
         raw = out
     if encode:
         assert checked is not None
-        _encode(checked, raw, out / ENCODED, report, overwrite=overwrite)
+        _encode(checked, raw, out / ENCODED_FOLDER, report, overwrite=overwrite)
 
 
 def _encode(
     recipe: Recipe, raw: Path, out: Path, report: Callable[[str], None], *, overwrite: bool
 ) -> None:
     base: Base = recipe.build("base")
-    problems = base.problems()
-    if problems:
-        raise InputError("\n".join(problems))
-    data = build_data(recipe, base, base.fingerprint())
-    encoders = base.load_encoders(choose_device("auto"))
+    data = build_data(recipe, base.geometry, base.fingerprint())
+    _refuse(data.shard_problems(raw))
+    encoders = base.load_encoders(choose_device(recipe.values["trainer"]["device"]))
     encoder = data.clip_encoder(encoders)
     encode_shards(raw, out, encoder, data.plan, data.settings, report, overwrite=overwrite)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise InputError("\n".join(problems))

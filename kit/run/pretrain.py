@@ -7,14 +7,14 @@ from pathlib import Path
 
 from kit.data.module import ShardData
 from kit.errors import InputError
-from kit.models.base import Geometry
 from kit.pretraining.base import EncoderTask
-from kit.recipe import Recipe, read
-from kit.run.fit import RUNS
-from kit.run.recipes import PRETRAIN
+from kit.recipe import Recipe
+from kit.run.fit import RUNS, not_finite
+from kit.run.parts import build_data
+from kit.run.recipes import PRETRAIN, read_as
 from kit.training.checkpoints import newest_checkpoint, require_same_recipe
 from kit.training.ema import AdapterEMA
-from kit.training.module import Fitting
+from kit.training.module import Fitting, LossNotFinite
 from kit.training.optim import OptimizerSettings
 from kit.training.trainer import Training
 
@@ -33,10 +33,9 @@ class PretrainParts:
 
 def build_pretraining(recipe: Recipe) -> PretrainParts:
     """Build every section of a pretrain recipe; the data are not looked at yet."""
-    sizes = Geometry()
     return PretrainParts(
         task=recipe.build("task", recipe["seed"]),
-        data=recipe.build("data", sizes.frame_stride, sizes.pixel_stride, sizes.fps, None),
+        data=build_data(recipe),
         optimizer=recipe.build("optimizer"),
         training=recipe.build("trainer"),
     )
@@ -59,7 +58,7 @@ def pretrain(recipe: str, overrides: Sequence[str], report: Callable[[str], None
         InputError: something in the recipe or its files is wrong.
         KeyboardInterrupt: the run was asked to stop; its checkpoint is saved.
     """
-    checked = read(recipe, overrides, PRETRAIN)
+    checked = read_as(recipe, overrides, PRETRAIN)
     parts = build_pretraining(checked)
     data, training = parts.data, parts.training
     problems = data.problems()
@@ -67,18 +66,22 @@ def pretrain(recipe: str, overrides: Sequence[str], report: Callable[[str], None
         raise InputError("\n".join(problems))
     folder, seed = RUNS / str(checked["name"]), checked["seed"]
     resume = newest_checkpoint(folder / "checkpoints")
+    values = {**checked.values, "shards": data.digest()}
     if resume is not None:
-        require_same_recipe(resume, checked.values)
+        require_same_recipe(resume, values)
         report(f"going on from {resume}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(checked.text)
 
     task = parts.task
-    module = Fitting(task, parts.optimizer, seed, dict(checked.values)).train()
+    module = Fitting(task, parts.optimizer, seed, values).train()
     data.prepare_run(None, seed, training.num_batches, place=(0, 1))
     ema = AdapterEMA(training.ema_decay)
     trainer = training.trainer(folder, ema, [])
-    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    except LossNotFinite as error:
+        raise not_finite(error, folder) from error
     if trainer.global_step < trainer.max_steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.global_step}; the same command goes on")
 

@@ -1,19 +1,24 @@
 """What the recipes of `kit fit` and `kit sample` hold."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from kit.adapters import ADAPTERS
+from kit.errors import InputError
 from kit.models import BASES
 from kit.objectives import OBJECTIVES
 from kit.pretraining import TASKS
-from kit.recipe import ExistingFile, Schema, Section
+from kit.recipe import ExistingFile, Recipe, Schema, Section, find_recipe, read
 from kit.sampling import SAMPLERS
 from kit.training import DROPOUTS, OPTIMIZERS, PREVIEWS, TRAINERS
 
 Seed = Annotated[int, Field(ge=0)]
+Device = Literal["auto", "cpu", "cuda"]
 Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 
 _COMMON = {
@@ -46,8 +51,10 @@ SAMPLE = Schema(
         "audio": (ExistingFile, ...),
         "image": (ExistingFile | None, None),
         "video": (ExistingFile | None, None),
+        "size": (str | None, None),
         "adapter": (ExistingFile | None, None),
         "out": (str, "talk.mp4"),
+        "device": (Device, "auto"),
     },
     sections={
         "base": Section(BASES),
@@ -67,3 +74,36 @@ PRETRAIN = Schema(
 )
 
 SCHEMAS = {schema.title: schema for schema in (FIT, SAMPLE, PRETRAIN)}
+
+
+def read_as(path: str, overrides: Sequence[str], schema: Schema) -> Recipe:
+    """Read a recipe of one command; that of another is refused in one line.
+
+    Raises:
+        InputError: lists all that is wrong.
+    """
+    kind = schema_of(path)
+    if kind is not schema:
+        raise InputError(f"{path} is a recipe for `kit {kind.title}`, not for `kit {schema.title}`")
+    return read(path, overrides, schema)
+
+
+def schema_of(path: str) -> Schema:
+    """Tell whose recipe it is: a task is pretrained, data are for `kit fit`, the rest samples."""
+    keys = _keys(find_recipe(path))
+    return PRETRAIN if "task" in keys else FIT if "data" in keys else SAMPLE
+
+
+def _keys(path: Path) -> set[str]:
+    """Name the sections of a recipe and of the one it extends; `read` says what is wrong."""
+    values = _top(path)
+    parent = path.parent / str(values.get("extends", ""))
+    return set(values) | (set(_top(parent)) if parent.is_file() else set())
+
+
+def _top(path: Path) -> dict[str, object]:
+    try:
+        values = YAML(typ="safe", pure=True).load(path)
+    except (YAMLError, UnicodeDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}

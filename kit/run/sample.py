@@ -1,7 +1,10 @@
 """`kit sample`: make a talking video as a recipe says."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,16 +12,24 @@ from tqdm import tqdm
 
 from kit.adapters.files import load_adapter
 from kit.adapters.lora import apply_adapter, require_fit
+from kit.batch import SAMPLE_RATE
 from kit.data.media import VideoWriter
+from kit.devices import choose_device
 from kit.errors import InputError
 from kit.models.base import Base, Denoiser
-from kit.recipe import Recipe, read
-from kit.run.devices import choose_device
-from kit.run.recipes import SAMPLE
-from kit.run.scenes import load_portrait, load_track, one_speaker, open_video
+from kit.recipe import Recipe
+from kit.run.recipes import SAMPLE, read_as
+from kit.run.scenes import (
+    Size,
+    load_portrait,
+    load_track,
+    no_reference,
+    one_speaker,
+    open_video,
+)
 from kit.sampling.chunks import Chunk
 from kit.sampling.frames import to_pictures
-from kit.sampling.pipeline import TalkSampler
+from kit.sampling.pipeline import Source, TalkSampler
 
 
 def sample(recipe: str, overrides: Sequence[str], report: Callable[[str], None]) -> Path:
@@ -34,12 +45,17 @@ def sample(recipe: str, overrides: Sequence[str], report: Callable[[str], None])
 
     Raises:
         InputError: something in the recipe or its files is wrong.
+        KeyboardInterrupt: names the file that holds the finished chunks.
     """
-    checked = read(recipe, overrides, SAMPLE)
+    checked = read_as(recipe, overrides, SAMPLE)
     base, sampler = build_sample(checked)
     out = Path(checked["out"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    _write(checked, base, sampler, out, report)
+    try:
+        _write(checked, base, sampler, out, report)
+    except KeyboardInterrupt:
+        unfinished = out.with_suffix(".partial.mkv")
+        raise KeyboardInterrupt(f"stopped; {unfinished} holds the finished chunks") from None
     return out
 
 
@@ -52,10 +68,7 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
     base: Base = recipe.build("base")
     sampler: TalkSampler = recipe.build("sampling")
     problems = [*base.problems(), *sampler.problems(base.geometry.frame_stride)]
-    if (recipe["image"] is None) == (recipe["video"] is None):
-        problems.append("image, video: give one of them, not both and not neither")
-    if Path(recipe["out"]).suffix != ".mp4":
-        problems.append(f"out: {recipe['out']} does not end in .mp4")
+    problems += _input_problems(recipe, base.geometry.fps) + _output_problems(recipe)
     if problems:
         raise InputError("\n".join(problems))
     if recipe["adapter"] is not None:
@@ -64,22 +77,57 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
     return base, sampler
 
 
+def _input_problems(recipe: Recipe, fps: int) -> list[str]:
+    pictures = [name for name in ("image", "video", "size") if recipe[name] is not None]
+    if len(pictures) != 1:
+        return ["image, video, size: give one of them, and only one"]
+    problems = []
+    tries: dict[str, Callable[[], object]] = {
+        pictures[0]: partial(_load_source, recipe, fps),
+        "audio": partial(load_track, Path(recipe["audio"]), fps),
+    }
+    for name, load in tries.items():
+        try:
+            load()
+        except InputError as error:
+            problems.append(f"{name}: {error}")
+    return problems
+
+
+def _output_problems(recipe: Recipe) -> list[str]:
+    out = Path(recipe["out"])
+    if out.suffix.lower() != ".mp4":
+        return [f"out: {out} does not end in .mp4"]
+    given = [recipe[name] for name in ("image", "video", "audio", "adapter")]
+    if any(name is not None and Path(name).resolve() == out.resolve() for name in given):
+        return [f"out: {out} is one of the inputs"]
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        return [f"out: {out} cannot be written"]
+    return []
+
+
+def _load_source(recipe: Recipe, fps: int) -> tuple[Source, Size]:
+    if recipe["image"] is not None:
+        return load_portrait(Path(recipe["image"]), recipe["buckets"])
+    if recipe["video"] is not None:
+        return open_video(Path(recipe["video"]), recipe["buckets"], fps)
+    return no_reference(recipe["size"])
+
+
 def _write(
     recipe: Recipe, base: Base, sampler: TalkSampler, out: Path, report: Callable[[str], None]
 ) -> None:
-    fps, buckets, started = base.geometry.fps, recipe["buckets"], time.perf_counter()
+    fps, started = base.geometry.fps, time.perf_counter()
     track = load_track(Path(recipe["audio"]), fps)
-    source, size = (
-        open_video(Path(recipe["video"]), buckets, fps)
-        if recipe["image"] is None
-        else load_portrait(Path(recipe["image"]), buckets)
-    )
+    source, size = _load_source(recipe, fps)
     scene = one_speaker(recipe["text"], track, source, size, base.geometry)
-    device = choose_device("auto")
+    scene = replace(scene, has_reference=recipe["size"] is None)
+    device = choose_device(recipe["device"])
     denoiser = load_with_adapter(base, recipe["adapter"], device)
     encoders = base.load_encoders(device)
 
-    total = len(track) * fps // 16_000
+    total = len(track) * fps // SAMPLE_RATE
     chunks = sampler.plan(total)
     report(f"{out}: {total} frames of {size[1]}x{size[0]} in {len(chunks)} chunks")
     with (

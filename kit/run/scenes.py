@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,12 @@ def open_video(path: Path, buckets: int | str | Sequence[str], fps: int) -> tupl
     info = probe(path)
     size = nearest_bucket(info.height, info.width, parse_buckets(buckets))
     return VideoSource(path, size, fps), size
+
+
+def no_reference(size: str) -> tuple[Source, Size]:
+    """Choose a size, HEIGHTxWIDTH, for a video from text and speech alone."""
+    ((height, width),) = parse_buckets([size]).values()
+    return StillSource(np.full((height, width, 3), 128, np.uint8), (height, width)), (height, width)
 
 
 def load_track(path: Path, fps: int, seconds: float | None = None) -> Tensor:

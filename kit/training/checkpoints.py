@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ MAY_CHANGE = (
     "trainer.max_steps",
     "trainer.save_every",
     "trainer.keep_checkpoints",
+    "trainer.log_every",
     "data.num_workers",
+    "data.path",
     "preview",
     "sampling",
 )
@@ -58,8 +61,10 @@ class SaveCheckpoints(Callback):
         self._saved = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the step that the run continues at."""
+        """Count from the step that the run continues at; drop what killed runs left half."""
         self._saved = trainer.global_step
+        for half in self.folder.glob("*.partial"):
+            half.unlink()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *batch: object
@@ -79,18 +84,31 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("step-*.ckpt"), default=None)
 
 
+def step_of(checkpoint: Path) -> int:
+    """Read the number of optimiser steps from a checkpoint's name."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
 def require_same_recipe(checkpoint: Path, recipe: Mapping[str, Any]) -> None:
     """Refuse to continue a run under a recipe that would train differently.
 
     Raises:
         InputError: lists the keys that differ.
     """
-    saved = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["recipe"]
+    try:
+        saved = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["recipe"]
+    except (RuntimeError, KeyError, OSError, UnpicklingError) as error:
+        raise InputError(
+            f"{checkpoint} is damaged; remove it to go on from the one before"
+        ) from error
     before, now = _flat(saved), _flat(recipe)
+    # A falling rate depends on the length of the run.
+    is_falling = now.get("optimizer.course") == "cosine"
+    free = tuple(key for key in MAY_CHANGE if not (is_falling and key == "trainer.max_steps"))
     differing = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+        if before.get(key) != now.get(key) and not key.startswith(free)
     ]
     if differing:
         listed = "\n  ".join(differing)

@@ -9,6 +9,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from kit.training.module import Fitting
+
 SMOOTHING = 0.9
 """Share of the smoothed loss that stays from one step to the next, in the picture."""
 
@@ -29,7 +31,6 @@ class Curves(Callback):
         self.every = every
         self._losses: list[dict[str, torch.Tensor]] = []
         self._samples = 0
-        self._grad_norm = 0.0
         self._lr = 0.0
         self._last_step = 0
         self._since = 0.0
@@ -44,10 +45,8 @@ class Curves(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Measure the gradient before it is clipped, and the rate before it changes."""
+        """Note the rate before it changes."""
         self._lr = optimizer.param_groups[0]["lr"]
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *batch: object
@@ -58,7 +57,8 @@ class Curves(Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        row = self._row()
+        assert isinstance(pl_module, Fitting)
+        row = self._row(pl_module.grad_norm)
         if trainer.is_global_zero:
             _write_rows(self.path, [row], mode="a")
         if self._last_step % self.every == 0 and trainer.logger is not None:
@@ -70,7 +70,7 @@ class Curves(Callback):
         if trainer.is_global_zero:
             draw_curves(read_curves(self.path), self.picture)
 
-    def _row(self) -> dict[str, float]:
+    def _row(self, grad_norm: float) -> dict[str, float]:
         names = self._losses[0]
         losses = {
             f"loss/{name}": float(torch.stack([each[name] for each in self._losses]).mean())
@@ -80,7 +80,7 @@ class Curves(Callback):
             "step": self._last_step,
             **losses,
             "lr": self._lr,
-            "grad_norm": self._grad_norm,
+            "grad_norm": grad_norm,
             "seconds": time.perf_counter() - self._since,
             "samples": self._samples,
         }
@@ -91,7 +91,9 @@ def read_curves(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    # A crash or a full disk may have left half a row.
+    return [row for row in rows if all(row.values())]
 
 
 def draw_curves(rows: list[dict[str, str]], picture: Path) -> None:
@@ -129,8 +131,10 @@ def _write_rows(path: Path, rows: list[Any], mode: str) -> None:
         if mode == "w":
             path.unlink(missing_ok=True)
         return
-    with path.open(mode, newline="") as file:
+    target = path.with_suffix(".partial") if mode == "w" else path
+    with target.open(mode, newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)
+    target.replace(path)

@@ -23,9 +23,9 @@ class ConditionDropout:
         image: share whose image features are zero.
         reference: share without a reference frame: zero latents, and the mask says so.
 
-    The one clean frame of a first chunk is its reference too, so both go together: such a sample
-    trains video from text and speech alone. A still picture is its own reference, so it always
-    trains without reference and image features: it would only learn to copy.
+    The one clean frame of a first chunk is its reference too, so both go, with its image
+    features: such a sample trains video from text and speech alone. A still picture is its own
+    reference, so it always trains without it and its image features: it would only learn to copy.
 
     Source: shares of public InfiniteTalk trainers; InfiniteTalk's guidance drops text and audio.
     """
@@ -45,6 +45,8 @@ class ConditionDropout:
         dropped = {name: self._draw(name, batch, seed) for name in self.shares}
         if batch.latents.shape[2] == 1:
             dropped["reference"] = dropped["image"] = torch.ones_like(dropped["reference"])
+        is_bare = dropped["reference"] & (batch.num_context == 1)
+        dropped["image"] |= is_bare
         conditions = _same_length(batch.conditions, batch.null_text)
         without = {
             "text": drop_text(conditions, batch.null_text),
@@ -60,7 +62,6 @@ class ConditionDropout:
                 for field in fields
             }
             conditions = replace(conditions, **changed)
-        is_bare = dropped["reference"] & (batch.num_context == 1)
         num_context = batch.num_context.masked_fill(is_bare, 0)
         return replace(batch, conditions=conditions, num_context=num_context)
 

@@ -1,11 +1,12 @@
 """The LightningModule: a task's network, its optimiser, and a checkpoint of what trains."""
 
+import math
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch.optim import Optimizer
 
 from kit.adapters.lora import trained_parameters
 from kit.draws import seed_of
@@ -15,7 +16,7 @@ from kit.training.task import Task, total
 
 
 class LossNotFinite(RuntimeError):
-    """A loss became NaN or infinite.
+    """A loss or gradient became NaN or infinite.
 
     Attributes:
         report: step, samples and losses, plain values.
@@ -23,7 +24,7 @@ class LossNotFinite(RuntimeError):
 
     def __init__(self, report: dict[str, Any]) -> None:
         super().__init__(
-            f"step {report['step']}: the loss is {report['losses']} for {report['keys']}"
+            f"step {report['step']}: {report['losses']} for {', '.join(report['keys'])}"
         )
         self.report = report
 
@@ -53,6 +54,8 @@ class Fitting(LightningModule):
         self.optimizer = optimizer
         self.seed = seed
         self.recipe = recipe
+        self.grad_norm = 0.0
+        self._last: tuple[list[str], list[list[int]]] = ([], [])
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """Name the parameters that train, as an adapter file names them."""
@@ -73,9 +76,16 @@ class Fitting(LightningModule):
         # Dropout inside the network draws from torch's own generator.
         torch.manual_seed(seed_of(self.seed, *sum(draws, []), "network"))
         losses = self.task.losses(batch)
-        self._require_finite(losses, keys, draws)
+        self._last = keys, draws
+        self._require_finite({name: value.item() for name, value in losses.items()})
         values = {name: value.detach() for name, value in losses.items()}
         return {"loss": total(losses), "losses": values, "samples": len(keys)}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Measure the gradient before it is clipped; one that is no number must not be stepped."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._require_finite({"grad_norm": self.grad_norm})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen weights out and put the recipe in."""
@@ -94,15 +104,14 @@ class Fitting(LightningModule):
                 f"such as {differing[0]}"
             )
 
-    def _require_finite(
-        self, losses: dict[str, Tensor], keys: list[str], draws: list[list[int]]
-    ) -> None:
-        if all(torch.isfinite(value) for value in losses.values()):
+    def _require_finite(self, values: dict[str, float]) -> None:
+        if all(math.isfinite(value) for value in values.values()):
             return
+        keys, draws = self._last
         raise LossNotFinite(
             {
                 "step": self.trainer.global_step,
-                "losses": {name: value.item() for name, value in losses.items()},
+                "losses": values,
                 "keys": keys,
                 "draws": draws,
                 "seed": self.seed,

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from kit.models.keys import is_audio
 from kit.training.muon import Muon
 
 Course = Literal["constant", "cosine"]
@@ -69,8 +70,8 @@ class AdamW:
 
     def groups(self, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, object]]:
         """Split parameters by learning rate."""
-        audio = [p for name, p in parameters.items() if "audio" in name]
-        trunk = [p for name, p in parameters.items() if "audio" not in name]
+        audio = [p for name, p in parameters.items() if is_audio(name)]
+        trunk = [p for name, p in parameters.items() if not is_audio(name)]
         pairs = ((trunk, self.lr), (audio, self.audio_lr))
         return [{"params": params, "lr": lr} for params, lr in pairs if params]
 

@@ -12,14 +12,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from pydantic import Field
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from kit.batch import SAMPLE_RATE
+from kit.batch import SAMPLE_RATE, Conditions
 from kit.data.media import VideoWriter
 from kit.models.base import Encoders
 from kit.recipe import ExistingFile
 from kit.sampling.frames import to_pictures
-from kit.sampling.pipeline import Scene, TalkSampler, no_progress
+from kit.sampling.pipeline import Predict, Scene, TalkSampler, no_progress
 from kit.training.ema import AdapterEMA
 from kit.training.module import Fitting
 
@@ -106,25 +107,37 @@ class Previews(Callback):
         path = self.folder / f"step-{step:08d}.mp4"
         pl_module.network.eval()
         with self.ema.applied(pl_module):
-            frames, speech = self._make(pl_module, path)
+            frames, speech = self._make(_as_trained(pl_module, trainer), path)
         pl_module.network.train()
         if isinstance(trainer.logger, TensorBoardLogger):
             _log(trainer.logger.experiment, frames, speech, step, self.fps)
 
-    def _make(self, module: Fitting, path: Path) -> tuple[np.ndarray, torch.Tensor]:
+    def _make(self, denoiser: Predict, path: Path) -> tuple[np.ndarray, torch.Tensor]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scene = self.load_scene()
+        scene, encoders = self.load_scene(), self.load_encoders()
         chunks = [
             to_pictures(pixels)
             for pixels in self.sampler.sample(
-                module.network, self.load_encoders(), scene, self.settings.seed, no_progress
+                denoiser, encoders, scene, self.settings.seed, no_progress
             )
         ]
+        encoders.release()
         frames, speech = np.concatenate(chunks), scene.tracks.sum(0)
         height, width = frames.shape[1:3]
         with VideoWriter(path, fps=self.fps, height=height, width=width, speech=speech) as writer:
             writer.write(frames)
         return frames, speech
+
+
+def _as_trained(module: Fitting, trainer: Trainer) -> Predict:
+    """Call the network as training steps do: else nothing casts a network of two dtypes."""
+
+    def predict(noisy: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        with trainer.precision_plugin.forward_context():
+            velocity: Tensor = module.network(noisy, sigma, conditions)
+        return velocity
+
+    return predict
 
 
 def _log(

@@ -1,10 +1,13 @@
 """Stop at the end of a step when asked to, with everything saved."""
 
+import logging
 import signal
 from types import FrameType
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+
+log = logging.getLogger(__name__)
 
 
 class GracefulStop(Callback):
@@ -42,5 +45,6 @@ class GracefulStop(Callback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        log.warning("stopping at the end of this step; everything will be saved")
         # A second Ctrl-C means now.
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,6 +10,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from pydantic import Field
 
+from kit.devices import choose_device
 from kit.training.checkpoints import AtomicCheckpoints, SaveCheckpoints
 from kit.training.curves import Curves
 from kit.training.ema import AdapterEMA
@@ -75,7 +76,7 @@ class Training:
         """
         _quieten()
         return Trainer(
-            accelerator="gpu" if self.device == "cuda" else self.device,
+            accelerator="gpu" if choose_device(self.device).type == "cuda" else "cpu",
             devices=1,
             max_steps=self.max_steps,
             max_epochs=1,
