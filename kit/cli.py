@@ -155,8 +155,10 @@ def _add_check(commands: _Commands) -> None:
     add("words", nargs="*", metavar="PATH | key=value", help="recipes or folders, then overrides")
     add(
         "--schema",
+        nargs="?",
+        const="fit",
         choices=("fit", "sample", "pretrain"),
-        help="describe the recipes of a command as JSON",
+        help="describe the recipes of a command (fit if none is named) as a JSON schema",
     )
     add("--out", type=Path, metavar="FILE", help="where to write the description")
 

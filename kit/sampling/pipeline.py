@@ -204,7 +204,7 @@ class TalkSampler:
                 count = len(conditions.text)
                 repeated = noisy.expand(count, *noisy.shape[1:])
                 velocities = denoiser(repeated, sigma.expand(count), conditions.to(noisy.device))
-                predicted += torch.split(velocities, 1)  # type: ignore[no-untyped-call]
+                predicted += torch.split(velocities, 1)
             branches = dict(zip(asked, predicted, strict=True))
             return guidance.combine(branches, self.text_scale, self.audio_scale)
 
