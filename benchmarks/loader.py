@@ -8,6 +8,7 @@ not encoded. `data/README.md` tells what they hold.
 
 import argparse
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,8 +44,7 @@ def rate(folder: Path, workers: int) -> float:
         references_per_window=1,
         num_workers=workers,
     )
-    # Raw clips are not encoded here: no encoders are asked for before a batch is moved.
-    data.prepare_run(lambda: None, seed=0, num_batches=BATCHES + 1, place=(0, 1))  # type: ignore[arg-type, return-value]
+    data.prepare_run(None, seed=0, num_batches=BATCHES + 1, place=(0, 1))
     batches = iter(data.train_dataloader())
     next(batches)
     started = time.perf_counter()
