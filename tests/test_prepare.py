@@ -496,3 +496,13 @@ def test_cut_file_keeps_what_can_be_read(tmp_path: Path) -> None:
     run(path, tmp_path / "out")
     (entry,) = samples(tmp_path / "out")
     assert 9 <= entry["meta"]["num_frames"] < 30
+
+
+def test_a_sequence_with_gaps_is_told(tmp_path: Path) -> None:
+    pictures = tmp_path / "media" / "walk"
+    pictures.mkdir(parents=True)
+    for number in (*range(1, 12), 14):
+        write_image(pictures / f"{number:03d}.png")
+    (tmp_path / "media" / "walk.wav").write_bytes(encode_wav(speech(0.6)[None]))
+    census = run(tmp_path / "media", tmp_path / "out")
+    assert any("lacks 2 pictures" in warning and "12" in warning for warning in census.warnings)

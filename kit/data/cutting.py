@@ -118,6 +118,11 @@ def cut_video(source: Source, cutting: Cutting, census: Census) -> Iterator[Clip
     speakers = find_speakers(source)
     tracks, loudness = load_tracks(source, speakers, has_sound=footage.has_sound)
     masks = load_masks(source, speakers, footage.height, footage.width)
+    if source.missing_numbers:
+        census.warnings.append(
+            f"{source.path} lacks {len(source.missing_numbers)} pictures between its first and its "
+            f"last, such as number {source.missing_numbers[0]}; it plays without them"
+        )
     usable = _usable_frames(source, footage, tracks, cutting, census)
     max_frames = int(cutting.clip_seconds * cutting.fps)
     starts, length = cut_evenly(usable, cutting.window_frames, max_frames)

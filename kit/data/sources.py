@@ -38,6 +38,12 @@ class Source:
         found = (p for p in self.path.parent.iterdir() if p.name.lower() == wanted and p.is_file())
         return next(found, self.path.with_name(stem + ending))
 
+    @property
+    def missing_numbers(self) -> list[int]:
+        """List the numbers that a sequence leaves out between its first and its last."""
+        numbers = {_number(path) for path in self.pictures}
+        return sorted(set(range(min(numbers), max(numbers))) - numbers) if numbers else []
+
     def sound_beside(self, middle: str = "") -> Path | None:
         """Find `<stem><middle>.wav` or `.flac`."""
         return next((p for s in SOUND_SUFFIXES if (p := self.beside(middle + s)).is_file()), None)

@@ -98,8 +98,10 @@ def open_image(path: Path) -> Image.Image:
         with path.open("rb") as file:
             image = Image.open(file)
             image.load()
-    # A damaged PNG raises SyntaxError, a bomb its own error; all mean the same to the user.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path} cannot be read: it has too many pixels") from error
+    # A damaged PNG raises SyntaxError, which means the same to the user as the others.
+    except (OSError, ValueError, SyntaxError) as error:
         empty = path.is_file() and path.stat().st_size == 0
         missing = "there is no such file" if not path.exists() else "it is damaged or no picture"
         reason = "it is empty" if empty else missing

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kit.adapters.files import load_adapter
 from kit.adapters.lora import apply_adapter, require_fit
 from kit.batch import SAMPLE_RATE
-from kit.data.media import VideoWriter
+from kit.data.media import VideoWriter, probe
 from kit.devices import choose_device
 from kit.errors import InputError
 from kit.models.base import Base, Denoiser
@@ -129,6 +129,11 @@ def _write(
 
     total = len(track) * fps // SAMPLE_RATE
     chunks = sampler.plan(total)
+    if (
+        recipe["video"] is not None
+        and (seconds := probe(Path(recipe["video"])).seconds) < total / fps
+    ):
+        report(f"{recipe['video']} ends after {seconds:.2f} s; its last picture is used from there")
     report(f"{out}: {total} frames of {size[1]}x{size[0]} in {len(chunks)} chunks")
     with (
         tqdm(total=len(chunks) * (len(sampler.sigmas) - 1), unit="step") as bar,

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from kit.data.buckets import fit
+from kit.data.encode import to_video
 from kit.data.media import iter_frames
 
 
 def to_pixels(picture: np.ndarray) -> Tensor:
     """Turn 0 to 255, uint8 [height, width, 3], into -1 to 1, float32 [3, height, width]."""
-    return torch.tensor(picture).permute(2, 0, 1).float() / 127.5 - 1
+    return to_video(picture[None])[:, 0]
 
 
 def to_pictures(pixels: Tensor) -> np.ndarray:
