@@ -18,11 +18,6 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
-def clean_estimate(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """Estimate the latents from a noisy mixture and its velocity (x0 in the papers)."""
-    return noisy - _like(sigma, noisy) * velocity
-
-
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """Move noise levels, 0 to 1, towards noise; shift 1 changes nothing.
 

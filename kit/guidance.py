@@ -13,8 +13,6 @@ from torch import Tensor
 
 from kit.batch import Conditions
 
-Branches = Mapping[str, Conditions]
-
 
 def drop_text(conditions: Conditions, null_text: Tensor) -> Conditions:
     """Put the negative prompt's states in the place of the text. null_text: [B, L, D]."""

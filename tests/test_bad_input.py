@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,9 @@ def test_an_adapter_that_does_not_fit(
     assert "do not fit this base" in said
     said = refused(capsys, "export", "wide.txt", "--to", "diffusers")
     assert "no file wide.txt" in said
+    write_adapter(Path("other.safetensors"), tensors, replace(info, base="hunyuan"))
+    said = refused(capsys, "export", "other.safetensors", "--to", "diffusers")
+    assert "unknown base 'hunyuan'" in said and not Path("diffusers").exists()
     said = refused(capsys, "export", "wide.safetensors", "--to", "difusers")
     assert "did you mean 'diffusers'" in said
 

@@ -26,7 +26,7 @@ def full_size() -> dict[str, Tensor]:
     """Shapes of the 14B network under public names."""
     with torch.device("meta"):
         model = Wan(PUBLIC_14B, audio=AudioSizes())
-    return {model.native_name(name): value for name, value in model.state_dict().items()}
+    return {public_name(name) or "": value for name, value in model.state_dict().items()}
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,18 +148,31 @@ def test_another_recipe_does_not_go_on(encoded_shards: Path) -> None:
     assert Path("runs/run/adapter.safetensors").read_bytes() == before
 
 
+def change_losses(
+    monkeypatch: pytest.MonkeyPatch, epoch: int, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Let a change befall the loss of every batch that begins with a sample of this epoch."""
+    exact = FlowMatching.losses
+
+    def changed(
+        self: FlowMatching, denoiser: torch.nn.Module, batch: Batch, seed: int
+    ) -> dict[str, torch.Tensor]:
+        losses = exact(self, denoiser, batch, seed)
+        is_due = batch.draws[0, 0] == epoch
+        return {name: change(loss) if is_due else loss for name, loss in losses.items()}
+
+    monkeypatch.setattr(FlowMatching, "losses", changed)
+
+
+def with_nan_gradient(loss: torch.Tensor) -> torch.Tensor:
+    loss.register_hook(lambda gradient: gradient * float("nan"))  # type: ignore[no-untyped-call]
+    return loss
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(
     encoded_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = FlowMatching.losses
-
-    def fails_in_epoch_two(
-        self: FlowMatching, denoiser: torch.nn.Module, batch: Batch, seed: int
-    ) -> dict[str, torch.Tensor]:
-        factor = float("nan") if batch.draws[0, 0] == 2 else 1.0
-        return {name: factor * loss for name, loss in exact(self, denoiser, batch, seed).items()}
-
-    monkeypatch.setattr(FlowMatching, "losses", fails_in_epoch_two)
+    change_losses(monkeypatch, 2, lambda loss: loss * float("nan"))
     with pytest.raises(InputError, match="nan"):
         fit(str(RECIPE), overrides(encoded_shards, **{"trainer.max_steps": 30}), print_nothing)
     report = json.loads(Path("runs/run/nan_report.json").read_text())
@@ -169,19 +183,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(
 def test_a_gradient_that_is_no_number_is_not_stepped(
     encoded_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = FlowMatching.losses
-
-    def breaks_backward_in_epoch_one(
-        self: FlowMatching, denoiser: torch.nn.Module, batch: Batch, seed: int
-    ) -> dict[str, torch.Tensor]:
-        losses = exact(self, denoiser, batch, seed)
-        if batch.draws[0, 0] == 1:
-            losses["velocity"].register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: gradient * float("nan")
-            )
-        return losses
-
-    monkeypatch.setattr(FlowMatching, "losses", breaks_backward_in_epoch_one)
+    change_losses(monkeypatch, 1, with_nan_gradient)
     with pytest.raises(InputError, match="grad_norm"):
         fit(str(RECIPE), overrides(encoded_shards, **{"trainer.max_steps": 30}), print_nothing)
     newest = sorted(Path("runs/run/checkpoints").glob("step-*.ckpt"))[-1]

@@ -6,7 +6,6 @@ import torch
 from kit.draws import draw_normal
 from kit.flow import (
     add_noise,
-    clean_estimate,
     context_frames,
     hold_context,
     shift_sigma,
@@ -27,14 +26,6 @@ def test_velocity_is_the_derivative_of_the_path() -> None:
     here, there = torch.tensor([0.25, 0.5]), torch.tensor([0.75, 1.0])
     step = add_noise(LATENTS, NOISE, there) - add_noise(LATENTS, NOISE, here)
     torch.testing.assert_close(step / 0.5, velocity_target(LATENTS, NOISE))
-
-
-@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
-def test_clean_estimate_inverts(level: float) -> None:
-    sigma = torch.tensor([level, 0.6])
-    noisy = add_noise(LATENTS, NOISE, sigma)
-    clean = clean_estimate(noisy, velocity_target(LATENTS, NOISE), sigma)
-    torch.testing.assert_close(clean, LATENTS)
 
 
 def test_the_dtype_of_latents_stays() -> None:

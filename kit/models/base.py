@@ -55,10 +55,6 @@ class Denoiser(nn.Module, ABC):
         """Name the modules that can be trained fully, by part; all parameters below them count."""
 
     @abstractmethod
-    def native_name(self, name: str) -> str:
-        """Translate a parameter's or module's name to the public checkpoint's own name."""
-
-    @abstractmethod
     def checkpoint_activations(self, every: int) -> None:
         """Recompute every n-th block in the backward pass; 0 keeps all activations."""
 
@@ -93,6 +89,11 @@ class Encoders(Protocol):
 
 class Base(ABC):
     """A base model as a recipe names it: knows where its weights lie and builds its parts."""
+
+    @staticmethod
+    @abstractmethod
+    def public_name(name: str) -> str | None:
+        """Translate our name of a parameter or module to the public weights'; None if none."""
 
     @property
     @abstractmethod

@@ -30,7 +30,6 @@ from kit.models.audio import (
     speaker_positions,
 )
 from kit.models.base import Denoiser
-from kit.models.keys import public_name
 
 SELF_ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 CROSS_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
@@ -177,13 +176,6 @@ class Wan(Denoiser):
             "attention": self._in_blocks("attn1", "attn2"),
             "ffn": self._in_blocks("ffn"),
         }
-
-    def native_name(self, name: str) -> str:
-        """Translate to the names of Wan2.1 and InfiniteTalk."""
-        public = public_name(name)
-        if public is None:
-            raise ValueError(f"Wan has no public name for '{name}'")
-        return public
 
     def checkpoint_activations(self, every: int) -> None:
         """Recompute every n-th block in the backward pass; 0 keeps all activations."""

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from kit.errors import InputError
+from kit.models import keys
 from kit.models.base import Base, Denoiser, Encoders, Geometry
 from kit.models.checkpoints import (
     draw_weights,
@@ -63,6 +64,11 @@ class WanBase(Base):
         self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
         self._seed = random_weights
         self._text_length = text_length
+
+    @staticmethod
+    def public_name(name: str) -> str | None:
+        """Translate to the names of Wan2.1 and InfiniteTalk."""
+        return keys.public_name(name)
 
     @property
     def geometry(self) -> Geometry:

@@ -6,7 +6,8 @@ from pathlib import Path
 from kit.adapters.export import FORMATS, export_adapter
 from kit.adapters.files import load_adapter
 from kit.errors import InputError, did_you_mean
-from kit.models.keys import public_name
+from kit.models import BASES
+from kit.registry import load
 
 
 def export(
@@ -26,7 +27,10 @@ def export(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise InputError(f"--to: unknown format '{unknown[0]}'{did_you_mean(unknown[0], FORMATS)}")
-    load_adapter(adapter)
+    _, info = load_adapter(adapter)
+    if info.base not in BASES:
+        raise InputError(f"{adapter}: unknown base '{info.base}'{did_you_mean(info.base, BASES)}")
+    public_name = load(BASES[info.base]).public_name
     folder = adapter.parent if out is None else out
     written: list[Path] = []
     for name in formats:
