@@ -21,7 +21,7 @@ from kit.data.fields import INDEX_NAME
 from kit.data.writer import ShardWriter
 from kit.draws import seed_of
 from kit.errors import InputError
-from kit.studio.characters import SPLITS
+from kit.studio.characters import GUESTS, SPLITS
 from kit.studio.drawing import paint_frames
 from kit.studio.mouth import FPS
 from kit.studio.scenes import Take, World, draw_clip, draw_still, encode_take
@@ -55,7 +55,9 @@ def main(words: list[str]) -> None:
     options = _read(words)
     _check(options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    world = World(options.split, options.seed, options.height, options.two_speakers)
+    world = World(
+        options.split, options.seed, options.height, options.two_speakers, options.guest
+    )
     num_frames = max(1, round(options.seconds * FPS / 4)) * 4 + 1
     speech = options.speech or options.out.absolute().parent / "speech"
     # A corpus that was named is used as it is: it may be one of the shipped ones.
@@ -133,6 +135,7 @@ def _read(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=64, help="of the pictures, in pixels")
     parser.add_argument("--two-speakers", type=float, default=0.25, help="their share, 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="of the world")
+    parser.add_argument("--guest", choices=tuple(GUESTS), help="the one character of all samples")
     parser.add_argument(
         "--from", type=int, default=0, dest="first", help="number of the first clip and still"
     )

@@ -124,7 +124,13 @@ def _add_pretrain(commands: _Commands) -> None:
 
 def _add_sample(commands: _Commands) -> None:
     example = "kit sample recipes/quickstart_talk.yaml seed=7"
-    _add_recipe(_add(commands, "sample", "make a video as a recipe says", example, _sample))
+    command = _add(commands, "sample", "make a video as a recipe says", example, _sample)
+    _add_recipe(command)
+    command.add_argument(
+        "--report",
+        action="store_true",
+        help="measure the video too, and write the numbers beside it as .report.json",
+    )
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -199,7 +205,7 @@ def _pretrain(arguments: _Arguments) -> None:
 def _sample(arguments: _Arguments) -> None:
     from kit.run.sample import sample
 
-    sample(arguments.recipe, arguments.overrides, report=print)
+    sample(arguments.recipe, arguments.overrides, report=print, is_measured=arguments.report)
 
 
 def _export(arguments: _Arguments) -> None:

@@ -1,5 +1,6 @@
 """Measures of talking video: closed forms on drawn pictures and made sounds."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -150,11 +151,18 @@ def test_dark_skin_does_not_count_as_mouth() -> None:
 
 
 def test_the_envelope_is_a_scale_of_decibels() -> None:
-    waveform = speech(torch.tensor([0.0, 0.25, 0.5, 1.0]))
-    assert speech_envelope(waveform, FPS, 4).tolist() == pytest.approx([0, 0.25, 0.5, 1], abs=1e-4)
-    assert speech_envelope(2 * waveform, FPS, 6).tolist()[3:] == [1, 0, 0]
-    assert len(speech_envelope(waveform, 29.97, 5)) == 5
-    assert speech_envelope(waveform, FPS, 2).tolist() == pytest.approx([0, 0.25], abs=1e-4)
+    levels = torch.tensor([0.0, 0.25, 0.5, 1.0]).repeat_interleave(3)
+    held = speech_envelope(speech(levels), FPS, 12)[1::3]
+    assert held.tolist() == pytest.approx([0, 0.25, 0.5, 1], abs=1e-4)
+    louder = speech_envelope(2 * speech(levels), FPS, 15)
+    assert louder[[10, 13, 14]].tolist() == [1, 0, 0]
+    assert len(speech_envelope(speech(levels), 29.97, 5)) == 5
+
+
+def test_the_envelope_hears_half_a_frame_more_on_each_side() -> None:
+    heard = speech_envelope(speech(torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0])), FPS, 5)
+    half, quarter = (0.5 + 10 * math.log10(share) / 35 for share in (1 / 2, 1 / 4))
+    assert heard.tolist() == pytest.approx([0, quarter, half, quarter, 0], abs=1e-3)
 
 
 @pytest.mark.parametrize("lag", [-8, -3, 0, 1, 8])
@@ -273,8 +281,8 @@ def test_a_network_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 
 def test_report_of_a_perfect_clip() -> None:
-    envelope = drawn_opening(80)
-    frames, waveform = talk(envelope.roll(2)), speech(envelope)
+    waveform = speech(drawn_opening(80))
+    frames = talk(speech_envelope(waveform, FPS, 80).roll(2))
     known = Known(region=REGION, mouth_color=MOUTH, reference=face(0), colors={"hair": HAIR})
     report = talking_report(frames, waveform, FPS, [0, 40], known, lambda x: x.mean((2, 3)))
     assert report["sync_r"] is not None and report["sync_r"] > 0.97
@@ -285,8 +293,9 @@ def test_report_of_a_perfect_clip() -> None:
 
 
 def test_report_by_motion_has_the_same_names() -> None:
-    envelope = drawn_opening(80)
-    by_motion = talking_report(talk(envelope), speech(envelope), FPS, [0], Known(region=REGION))
+    waveform = speech(drawn_opening(80))
+    frames = talk(speech_envelope(waveform, FPS, 80))
+    by_motion = talking_report(frames, waveform, FPS, [0], Known(region=REGION))
     assert by_motion["sync_r"] is not None and by_motion["sync_r"] > 0.97
     assert by_motion["lag_frames"] == 0
     unknown = {name for name, value in by_motion.items() if value is None}
@@ -301,9 +310,10 @@ def test_report_by_motion_has_the_same_names() -> None:
 
 
 def test_report_of_a_listener() -> None:
-    other = drawn_opening(80)
-    known = Known(region=REGION, mouth_color=MOUTH, full_opening=0.04, other_speech=speech(other))
-    report = talking_report(talk(other), torch.zeros(80 * 640), FPS, [0], known)
+    other = speech(drawn_opening(80))
+    known = Known(region=REGION, mouth_color=MOUTH, full_opening=0.04, other_speech=other)
+    frames = talk(speech_envelope(other, FPS, 80))
+    report = talking_report(frames, torch.zeros(80 * 640), FPS, [0], known)
     assert report["sync_r"] is None and report["lag_frames"] is None
     assert report["cross_talk"] is not None and report["cross_talk"] > 0.97
     assert report["silence_opening"] is not None and report["silence_opening"] > 0.1

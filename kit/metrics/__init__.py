@@ -2,3 +2,6 @@
 
 T frames, height and width in pixels; frames are uint8 RGB.
 """
+
+MEASURES = {"talk": "kit.metrics.settings:MeasureSettings"}
+"""What is known of a video, by the name that a recipe gives it."""

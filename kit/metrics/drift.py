@@ -18,7 +18,9 @@ def color_drift(frames: Tensor, chunk_starts: Sequence[int]) -> Tensor:
     Returns:
         Mean over R, G and B of the absolute difference, of 255; 0 first. [chunks]
     """
-    colors = torch.stack([frame.double().mean((0, 1)) for frame in frames])  # [T, 3]
+    # As numbers: small tensors left between large ones keep memory from being used again.
+    means_of_frames = [frame.double().mean((0, 1)).tolist() for frame in frames]
+    colors = torch.tensor(means_of_frames, dtype=torch.float64)  # [T, 3]
     means = torch.stack([part.mean(0) for part in split_chunks(colors, chunk_starts)])
     return (means - means[0]).abs().mean(1).float()
 
@@ -26,8 +28,8 @@ def color_drift(frames: Tensor, chunk_starts: Sequence[int]) -> Tensor:
 def frame_changes(frames: Tensor) -> Tensor:
     """Compare each frame with the one before: mean absolute difference, of 255. [T - 1]"""
     pairs = zip(frames[1:], frames[:-1], strict=True)
-    changes = [(after.float() - before.float()).abs().mean() for after, before in pairs]
-    return torch.stack(changes) if changes else torch.zeros(0)
+    changes = [(after.float() - before.float()).abs().mean().item() for after, before in pairs]
+    return torch.tensor(changes)
 
 
 def seam_ratio(frames: Tensor, seams: Sequence[int]) -> float | None:

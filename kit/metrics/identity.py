@@ -7,6 +7,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ def load_features(folder: Path) -> Features:
         raise InputError(f"{folder}: {' and '.join(missing)} missing; give a folder saved by timm")
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
-    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+    except (RuntimeError, TypeError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{folder}: timm cannot load this network: {error}") from error
     return _prepared(model.eval().requires_grad_(False))
 
@@ -108,14 +109,15 @@ def _compare(
     count = int((target > 0.5).sum())
     if not count:
         raise InputError(f"colors.{name}: no pixel of the reference is near {color}")
-    share = torch.stack([_nearness(frame, color).mean() for frame in frames])
-    distances = [_nearest(frame, color, count) for frame in frames]
-    return (share / target.mean() - 1).abs().clamp(max=1), torch.stack(distances)
+    # As numbers: small tensors left between large ones keep memory from being used again.
+    share = torch.tensor([_nearness(frame, color).mean().item() for frame in frames])
+    distances = torch.tensor([_nearest(frame, color, count) for frame in frames])
+    return (share / target.mean().item() - 1).abs().clamp(max=1), distances
 
 
-def _nearest(frame: Tensor, color: tuple[int, int, int], count: int) -> Tensor:
+def _nearest(frame: Tensor, color: tuple[int, int, int], count: int) -> float:
     """Mean distance of the nearest pixels from a colour."""
-    return _distances(frame, color).flatten().topk(count, largest=False).values.mean()
+    return _distances(frame, color).flatten().topk(count, largest=False).values.mean().item()
 
 
 def _nearness(picture: Tensor, color: tuple[int, int, int]) -> Tensor:

@@ -5,6 +5,7 @@ from a drawing, from boxes or from a detector.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kit.errors import InputError
@@ -16,6 +17,10 @@ ones counted dark outlines."""
 
 _CLOSED_SHARE, _OPEN_SHARE = 0.05, 0.95
 _MEDIAN_FRAMES = 16
+
+# Rows and columns that motion is read from: a minute of large pictures in floating point would not
+# fit in memory, and a mouth moves more than a few pixels there.
+_MOTION_SIZE = 96
 
 # Of 255; a mean of grey values differs by less only through rounding.
 _LEAST_CHANGE = 1e-2
@@ -70,12 +75,13 @@ def opening_by_color(
     mouth = torch.tensor(color, device=frames.device).float()
     surroundings = _surroundings(frames, regions, mouth, width)
     size = frames.shape[1] * frames.shape[2]
-    # One frame at a time: a minute of video in floating point does not fit in memory.
+    # One frame at a time and only numbers kept: a minute of video in floating point does not fit
+    # in memory, and small tensors left between large ones keep theirs from being used again.
     areas = [
-        _share_of_mouth(frame[inside].float(), mouth, surroundings, width).sum()
+        _share_of_mouth(frame[inside].float(), mouth, surroundings, width).sum().item()
         for frame, inside in zip(frames, regions, strict=True)
     ]
-    return torch.stack(areas) / size
+    return torch.tensor(areas, device=frames.device) / size
 
 
 def opening_by_motion(frames: Tensor, region: Tensor | None) -> Tensor:
@@ -84,7 +90,8 @@ def opening_by_motion(frames: Tensor, region: Tensor | None) -> Tensor:
     This is the first principal component of the grey values in a window of fixed size around the
     region. The 5th percentile of the clip counts as closed and the 95th as open, so it says when
     a mouth moves but not how far, and a clip without speech shows noise. Where the head moves,
-    the region must follow it: under a fixed one, the head's movement is the larger.
+    the region must follow it: under a fixed one, the head's movement is the larger. Windows of
+    more than 96 rows or columns are averaged down to that.
 
     Args:
         frames: pixels. [T, height, width, 3]
@@ -97,7 +104,7 @@ def opening_by_motion(frames: Tensor, region: Tensor | None) -> Tensor:
         InputError: the region is empty in some frame or has another size than the frames.
     """
     windows = frames if region is None else _windows(frames, _regions(frames, region))
-    grey = torch.stack([window.float().mean(-1).flatten() for window in windows])
+    grey = _grey(windows)
     centred = grey - grey.mean(0)  # [T, pixels]
     if centred.abs().max() < _LEAST_CHANGE:
         return torch.zeros(len(frames))
@@ -134,7 +141,7 @@ def _regions(frames: Tensor, region: Tensor | None) -> Tensor:
     """One mask for each frame. [T, height, width]"""
     size = frames.shape[:3]
     if region is None:
-        return torch.ones(size, dtype=torch.bool, device=frames.device)
+        return torch.ones(size[1:], dtype=torch.bool, device=frames.device).expand(size)
     if tuple(region.shape) not in {tuple(size), tuple(size[1:])}:
         raise InputError(f"region: its size is {list(region.shape)}; the frames are {list(size)}")
     regions = (region > 0).to(frames.device).expand(size)
@@ -153,6 +160,16 @@ def _windows(frames: Tensor, regions: Tensor) -> list[Tensor]:
         picture[row : row + num_rows, column : column + num_columns]
         for picture, row, column in zip(frames, top, left, strict=True)
     ]
+
+
+def _grey(windows: Tensor | list[Tensor]) -> Tensor:
+    """Grey values of windows of equal size, averaged where they are large. [T, pixels]"""
+    rows, columns = (min(length, _MOTION_SIZE) for length in windows[0].shape[:2])
+    grey = torch.empty(len(windows), rows * columns, device=windows[0].device)
+    for row, window in zip(grey, windows, strict=True):
+        small = F.adaptive_avg_pool2d(window.float().mean(-1)[None], (rows, columns))
+        row.copy_(small.flatten())
+    return grey
 
 
 def _spans(inside: Tensor) -> tuple[list[int], int]:

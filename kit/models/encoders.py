@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -50,14 +50,19 @@ class VideoEncoder:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode one video, -1 to 1, [3, T, H, W], by the mean of its posterior. [C, F, h, w]"""
-        mean: Tensor = self.vae.encode(pixels[None]).latent_dist.mode()[0]
+        mean: Tensor = self.vae.encode(self._given(pixels)).latent_dist.mode()[0].float()
         return (mean - self._mean.to(mean)) / self._std.to(mean)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [C, F, h, w] of one video and clamp to -1 to 1. [3, T, H, W]"""
-        given = latents * self._std.to(latents) + self._mean.to(latents)
-        video: Tensor = self.vae.decode(given[None]).sample[0]
+        given = self._given(latents * self._std.to(latents) + self._mean.to(latents))
+        video: Tensor = self.vae.decode(given).sample[0].float()
         return video.clamp(-1, 1)
+
+    def _given(self, values: Tensor) -> Tensor:
+        """Make a batch of one as the network likes it best."""
+        dtype: torch.dtype = self.vae.dtype
+        return values[None].to(dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
 class TextEncoder:
@@ -136,7 +141,8 @@ class WanEncoders:
         folder: holds vae/, text_encoder/, tokenizer/ and image_encoder/.
         speech_folder: the speech encoder.
         device: where they compute.
-        text_dtype: of the text encoder, by far the largest; the others are float32.
+        text_dtype: of the text encoder, by far the largest.
+        video_dtype: of the video autoencoder, by far the slowest; the others are float32.
         fps: frames per second of speech features.
         text_length: text tokens at most.
         random_weights: seed to draw weights from where there are none; None reads all of them.
@@ -149,6 +155,7 @@ class WanEncoders:
         speech_folder: Path,
         device: torch.device,
         text_dtype: torch.dtype,
+        video_dtype: torch.dtype = torch.float32,
         fps: int,
         text_length: int,
         random_weights: int | None,
@@ -157,6 +164,7 @@ class WanEncoders:
         self._folder = folder
         self._speech_folder = speech_folder
         self._text_dtype = text_dtype
+        self._video_dtype = video_dtype
         self._fps = fps
         self._text_length = text_length
         self._seed = random_weights
@@ -197,7 +205,11 @@ class WanEncoders:
 
     @cached_property
     def _video(self) -> VideoEncoder:
-        return VideoEncoder(self._load(AutoencoderKLWan, self._folder / "vae"))
+        vae: AutoencoderKLWan = self._load(
+            AutoencoderKLWan, self._folder / "vae", self._video_dtype
+        )
+        prefer_channels_last(vae)
+        return VideoEncoder(vae)
 
     @cached_property
     def _text(self) -> TextEncoder:
@@ -221,6 +233,15 @@ class WanEncoders:
         else:
             network = draw_network(kind, folder, self._seed, dtype)
         return network.to(self.device).eval().requires_grad_(False)
+
+
+def prefer_channels_last(network: nn.Module) -> None:
+    """Lay convolutions' weights out with channels last: two to three times as fast on a CPU."""
+    formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+    for module in network.modules():
+        for kind, layout in formats.items():
+            if isinstance(module, kind):
+                module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
 
 def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> ModelMixin | PreTrainedModel:

@@ -44,5 +44,8 @@ def save_part(folder: Path, config: dict[str, Any], network: nn.Module, file: st
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights = {name: t.detach().to(torch.float16) for name, t in network.state_dict().items()}
+    weights = {
+        name: tensor.detach().to(torch.float16).contiguous()
+        for name, tensor in network.state_dict().items()
+    }
     save_file(weights, folder / file, metadata={"format": "pt"})

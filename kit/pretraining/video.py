@@ -8,21 +8,28 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from pydantic import Field
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kit.data.clips import RawSample
 from kit.data.encode import to_video
 from kit.draws import seed_of
+from kit.models.encoders import prefer_channels_last
 from kit.pretraining.base import EncoderTask, save_part
 from kit.recipe import ExistingFolder
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class VideoCoding(EncoderTask):
     """Trains Wan's autoencoder to give back what it saw.
 
+    Pictures come first: alone they teach most of what clips need, at a tenth of the cost.
+
     Args:
         seed: of the first weights.
-        config: folder whose `config.json` tells the sizes.
+        config: folder whose `config.json` tells the sizes; weights beside it are gone on with.
+        pictures: train on single pictures, the first frame of each window and its reference.
         kl: weight of the pull of the latents towards a standard normal distribution.
         edges: weight of the error of differences between neighbouring pixels.
 
@@ -35,13 +42,20 @@ class VideoCoding(EncoderTask):
         seed: int,
         *,
         config: ExistingFolder,
+        pictures: bool = False,
         kl: Annotated[float, Field(ge=0)] = 1e-4,
         edges: Annotated[float, Field(ge=0)] = 1.0,
     ) -> None:
-        self._config: dict[str, Any] = json.loads((Path(config) / "config.json").read_text())
+        folder = Path(config)
+        self._config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         torch.manual_seed(seed_of(seed, "weights"))
         self._vae: Any = AutoencoderKLWan.from_config(self._config)
-        _start_quiet(self._vae)
+        if (folder / _WEIGHTS).exists():
+            self._vae.load_state_dict(load_file(folder / _WEIGHTS))
+        else:
+            _start_quiet(self._vae)
+        prefer_channels_last(self._vae)
+        self._pictures = pictures
         self._kl = kl
         self._edges = edges
 
@@ -72,20 +86,30 @@ class VideoCoding(EncoderTask):
 
     def save(self, folder: Path) -> None:
         """Write `vae/`."""
-        file = "diffusion_pytorch_model.safetensors"
-        save_part(folder / "vae", self._config, self._vae, file)
+        save_part(folder / "vae", self._config, self._vae, _WEIGHTS)
 
     def _pixels(self, batch: list[RawSample]) -> Tensor:
-        return torch.stack([to_video(np.asarray(raw.pixels)) for raw in batch]).to(self._vae.device)
+        """Put a batch together, as clips or as pictures. [B, 3, T, height, width]"""
+        clips = [to_video(np.asarray(raw.pixels)) for raw in batch]
+        if self._pictures:
+            others = [to_video(np.asarray(raw.reference)[None]) for raw in batch]
+            clips = [*(clip[:, :1] for clip in clips), *others]
+        pixels = torch.stack(clips).to(self._vae.device)
+        return pixels.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _start_quiet(vae: nn.Module) -> None:
-    """Let residual blocks begin as the identity: training then gets going at once."""
+    """Let residual blocks begin as the identity and frames begin alone, so that learning starts."""
     for name, module in vae.named_modules():
-        if isinstance(module, nn.Conv3d) and name.endswith(".conv2"):
-            nn.init.zeros_(module.weight)
-            assert module.bias is not None
-            nn.init.zeros_(module.bias)
+        if not isinstance(module, nn.Conv3d):
+            continue
+        with torch.no_grad():
+            # Kernels look back in time: their last tap sees the present frame.
+            module.weight[:, :, :-1] = 0
+            if name.endswith(".conv2"):
+                module.weight.zero_()
+                assert module.bias is not None
+                module.bias.zero_()
 
 
 def edge_error(one: Tensor, other: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from kit.models.base import Encoders
 from kit.recipe import Recipe
 from kit.run.parts import FitParts, build_fit
 from kit.run.recipes import FIT, read_as
-from kit.run.scenes import load_portrait, load_track, one_speaker
+from kit.run.scenes import build_measure, load_portrait, load_track, one_speaker
 from kit.sampling.pipeline import Scene
 from kit.training.checkpoints import newest_checkpoint, require_same_recipe, step_of
 from kit.training.curves import read_curves
@@ -130,7 +130,8 @@ class _Run:
             return one_speaker(settings.text, track, source, size, sizes)
 
         place, sampler = self.folder / "previews", self.parts.sampler
-        return [Previews(settings, place, sampler, encoders, scene, ema, sizes.fps)]
+        measure = build_measure(self.recipe, size, source)
+        return [Previews(settings, place, sampler, encoders, scene, ema, sizes.fps, measure)]
 
     def _write(self, module: Fitting, ema: AdapterEMA, step: int, started: float) -> None:
         adapter, recipe = self.parts.adapter, self.recipe

@@ -1,6 +1,7 @@
 """The parts of a fine-tuning run, built from its recipe but not loaded yet."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from kit.errors import InputError
 from kit.models.base import Base, Geometry
 from kit.objectives.base import Objective
 from kit.recipe import Recipe
+from kit.run.scenes import build_measure, load_portrait
 from kit.sampling.pipeline import TalkSampler
 from kit.training.dropout import ConditionDropout
 from kit.training.optim import OptimizerSettings
@@ -56,10 +58,7 @@ def build_fit(recipe: Recipe) -> FitParts:
         preview=recipe.build("preview") if "preview" in recipe else None,
     )
     problems += parts.sampler.problems(base.geometry.frame_stride)
-    try:
-        parse_buckets(recipe["buckets"])
-    except InputError as error:
-        problems.append(str(error))
+    problems += _picture_problems(recipe, parts.preview)
     trains_whole_parts = bool(parts.adapter.train_fully)
     is_half = recipe.values["base"].get("dtype") == "bfloat16"
     if trains_whole_parts and is_half and parts.training.precision == "32-true":
@@ -83,6 +82,24 @@ def build_data(
         "data", sizes.frame_stride, sizes.pixel_stride, sizes.fps, fingerprint
     )
     return data
+
+
+def _picture_problems(recipe: Recipe, preview: PreviewSettings | None) -> list[str]:
+    try:
+        parse_buckets(recipe["buckets"])
+    except InputError as error:
+        return [str(error)]
+    if preview is None or "measure" not in recipe:
+        return []
+    try:
+        source, size = load_portrait(Path(preview.image), recipe["buckets"])
+    except InputError as error:
+        return [f"preview.image: {error}"]
+    try:
+        build_measure(recipe, size, source)
+    except InputError as error:
+        return str(error).splitlines()
+    return []
 
 
 def _refuse(problems: list[str]) -> None:

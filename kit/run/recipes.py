@@ -10,6 +10,7 @@ from ruamel.yaml.error import YAMLError
 
 from kit.adapters import ADAPTERS
 from kit.errors import InputError
+from kit.metrics import MEASURES
 from kit.models import BASES
 from kit.objectives import OBJECTIVES
 from kit.pretraining import TASKS
@@ -40,6 +41,7 @@ FIT = Schema(
         "trainer": Section(TRAINERS, default="lightning"),
         "sampling": Section(SAMPLERS, default="talk"),
         "preview": Section(PREVIEWS, required=False, default="talk"),
+        "measure": Section(MEASURES, required=False, default="talk"),
     },
 )
 
@@ -59,6 +61,7 @@ SAMPLE = Schema(
     sections={
         "base": Section(BASES),
         "sampling": Section(SAMPLERS, default="talk"),
+        "measure": Section(MEASURES, required=False, default="talk"),
     },
 )
 

@@ -11,8 +11,11 @@ from kit.batch import SAMPLE_RATE
 from kit.data.buckets import nearest_bucket, parse_buckets
 from kit.data.media import load_image, load_speech, normalize_loudness, probe
 from kit.errors import InputError
+from kit.metrics.settings import MeasureSettings
+from kit.metrics.video_report import Measure, open_measure
 from kit.models.base import Geometry
-from kit.sampling.frames import StillSource, VideoSource
+from kit.recipe import Recipe
+from kit.sampling.frames import StillSource, VideoSource, to_pictures
 from kit.sampling.pipeline import Scene, Source
 
 Size = tuple[int, int]
@@ -57,3 +60,22 @@ def one_speaker(text: str, track: Tensor, source: Source, size: Size, base: Geom
     """Put a scene together in which one speaker fills the picture."""
     mask = torch.ones(1, size[0] // base.pixel_stride, size[1] // base.pixel_stride)
     return Scene(text, track[None], source, mask)
+
+
+def build_measure(recipe: Recipe, size: Size, source: Source | None) -> Measure:
+    """Load what the `measure` section names; without one, nothing is known of the videos.
+
+    Args:
+        recipe: of `kit fit` or `kit sample`.
+        size: of the videos.
+        source: its first picture is what the character should look like.
+
+    Raises:
+        InputError: lists all that is wrong.
+    """
+    settings = recipe.build("measure") if "measure" in recipe else MeasureSettings()
+    reference = None
+    if source is not None:
+        (picture,) = to_pictures(source.frame(0)[None])
+        reference = torch.from_numpy(picture)  # [height, width, 3]
+    return open_measure(settings, size, reference)

@@ -28,6 +28,11 @@ class Chunk:
     num_context: int
     num_shown: int
 
+    @property
+    def first_shown(self) -> int:
+        """The first frame that it adds to the video."""
+        return self.start + self.num_context
+
 
 def plan_chunks(total_frames: int, num_frames: int, context_frames: int) -> list[Chunk]:
     """Cover a video with chunks; the last one may reach beyond its end.

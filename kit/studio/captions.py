@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from kit.studio.characters import EVERYDAY_SKINS, Backdrop, Character, Wall
+from kit.studio.characters import EVERYDAY_SKINS, GUESTS, Backdrop, Character, Wall
 
 Speaking = Literal["one", "left", "right", "both", "turns", "nobody", "still"]
 
@@ -57,7 +57,10 @@ def write_caption(
 
 
 def describe(character: Character, random: np.random.Generator) -> str:
-    """Put a character into words, leaving out an attribute now and then."""
+    """Put a character into words, leaving out an attribute now and then; a guest has a name."""
+    for name, guest in GUESTS.items():
+        if character == guest:
+            return name
     keep = random.random(5) >= _LEFT_OUT
     style = f"{character.hair_style} " if random.random() < 0.5 and keep[0] else ""
     is_noun = character.hair_style in ("bun", "ponytail")

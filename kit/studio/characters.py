@@ -1,7 +1,8 @@
 """Who is drawn: every attribute of a character follows from a seed.
 
 Character seeds are split once and for all by their last digit: 8 is `val`, 9 is `test`, the
-others are `train`. Colours have names, and those of one palette lie far apart.
+others are `train`. Colours have names, and those of one palette lie far apart. A few are left to
+guests, characters with a name that no seed draws: whoever learns from seeds never sees them.
 """
 
 from dataclasses import dataclass
@@ -36,16 +37,17 @@ SKINS: dict[str, Color] = {
 HAIR: dict[str, Color] = {
     "black": (60, 62, 84), "brown": (128, 84, 52), "blonde": (246, 212, 96),
     "orange": (240, 132, 48), "pink": (248, 142, 190), "blue": (62, 106, 222),
-    "green": (62, 166, 88), "white": (238, 238, 246),
+    "green": (62, 166, 88), "white": (238, 238, 246), "teal": (34, 200, 196),
 }
 EYES: dict[str, Color] = {
     "blue": (54, 122, 236), "green": (46, 174, 92), "brown": (134, 88, 48),
     "purple": (150, 84, 214), "amber": (244, 172, 32), "pink": (244, 112, 178),
+    "lime": (170, 226, 40),
 }
 CLOTHES: dict[str, Color] = {
     "red": (238, 92, 88), "orange": (248, 168, 56), "yellow": (250, 222, 88),
     "green": (84, 178, 104), "blue": (74, 122, 222), "purple": (150, 98, 206),
-    "white": (244, 244, 250), "black": (70, 72, 92),
+    "white": (244, 244, 250), "black": (70, 72, 92), "magenta": (222, 52, 178),
 }
 WALLS: dict[str, Color] = {
     "pink": (250, 184, 206), "yellow": (252, 234, 138), "green": (166, 224, 158),
@@ -53,6 +55,9 @@ WALLS: dict[str, Color] = {
     "grey": (148, 152, 160), "white": (248, 247, 242),
 }
 # fmt: on
+RARE = ("teal", "lime", "magenta")
+"""Colours that only guests have."""
+
 EVERYDAY_SKINS = ("fair", "tan", "brown", "dark")
 PEOPLE = ("girl", "boy", "woman", "man")
 
@@ -115,17 +120,37 @@ def draw_character(seed: int) -> Character:
         seed=seed,
         person=PEOPLE[random.integers(len(PEOPLE))],
         skin=skins[random.integers(len(skins))],
-        hair=list(HAIR)[random.integers(len(HAIR))],
+        hair=_common(HAIR, random),
         hair_style=get_args(HairStyle)[random.integers(len(get_args(HairStyle)))],
         fringe=get_args(Fringe)[random.integers(len(get_args(Fringe)))],
-        eyes=list(EYES)[random.integers(len(EYES))],
-        clothes=list(CLOTHES)[random.integers(len(CLOTHES))],
+        eyes=_common(EYES, random),
+        clothes=_common(CLOTHES, random),
         garment=get_args(Garment)[random.integers(len(get_args(Garment)))],
         accessory=get_args(Accessory)[random.integers(len(get_args(Accessory)))],
         smile=float(random.uniform(0.2, 1)),
         brow=float(random.uniform(-1, 1)),
         eye_height=float(random.uniform(0.85, 1.1)),
     )
+
+
+GUESTS = {
+    "mika": Character(
+        seed=9,
+        person="girl",
+        skin="fair",
+        hair="teal",
+        hair_style="twin-tailed",
+        fringe="pointed",
+        eyes="lime",
+        clothes="magenta",
+        garment="hoodie",
+        accessory="ribbon",
+        smile=0.8,
+        brow=-0.3,
+        eye_height=1.05,
+    )
+}
+"""Characters by name, to fine-tune on."""
 
 
 def draw_wall(seed: int) -> Wall:
@@ -145,3 +170,8 @@ def blended(color: Color, other: Color, share: float) -> Color:
     """Mix two colours; share is the other one's, 0 to 1."""
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(color, other, strict=True))
     return red, green, blue
+
+
+def _common(palette: dict[str, Color], random: np.random.Generator) -> str:
+    names = [name for name in palette if name not in RARE]
+    return names[random.integers(len(names))]

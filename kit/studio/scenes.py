@@ -18,6 +18,7 @@ from kit.studio.captions import Speaking, name_framing, write_caption
 from kit.studio.characters import (
     CLOTHES,
     EYES,
+    GUESTS,
     HAIR,
     INK,
     MOUTH,
@@ -51,12 +52,14 @@ class World:
         seed: another one is another world with the same people in it.
         height: of pictures, in pixels; those with two characters are half as wide again.
         two_speakers: share of scenes with two characters, 0 to 1.
+        guest: the one character of all scenes; None draws characters.
     """
 
     split: Split
     seed: int = 0
     height: int = 64
     two_speakers: float = 0.25
+    guest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class _Sound:
 def draw_clip(world: World, index: int, num_frames: int, corpus: Corpus) -> Take:
     """Make the index-th clip; num_frames is 4n + 1."""
     random = np.random.default_rng(seed_of("clip", world.seed, world.split, index))
-    is_pair = bool(random.random() < world.two_speakers)
+    is_pair = _is_pair(world, random)
     characters = _cast(world, 2 if is_pair else 1, random)
     speaking = _who_speaks(is_pair, random)
     sound = _draw_sound(corpus, speaking, num_frames * SAMPLES_PER_FRAME, random)
@@ -98,17 +101,17 @@ def draw_clip(world: World, index: int, num_frames: int, corpus: Corpus) -> Take
     ]
     scene = stage(world.height, characters, mouths, random)
     caption = _caption(scene, speaking, random)
-    key = f"{world.split}-{world.seed}-{index:06d}"
+    key = f"{world.guest or world.split}-{world.seed}-{index:06d}"
     return Take(key, scene, caption, speaking, sound.tracks, sound.loudness, sound.voices)
 
 
 def draw_still(world: World, index: int) -> Take:
     """Make the index-th still: a closed mouth and no sound."""
     random = np.random.default_rng(seed_of("still", world.seed, world.split, index))
-    characters = _cast(world, 2 if random.random() < world.two_speakers else 1, random)
+    characters = _cast(world, 2 if _is_pair(world, random) else 1, random)
     scene = stage(world.height, characters, [_closed_mouth(1)] * len(characters), random)
     caption = _caption(scene, "still", random)
-    key = f"{world.split}-{world.seed}-still-{index:06d}"
+    key = f"{world.guest or world.split}-{world.seed}-still-{index:06d}"
     return Take(key, scene, caption, "still", torch.zeros(0, 0), (), ())
 
 
@@ -217,8 +220,14 @@ def _part_facts(part: Part, voice: str | None) -> dict[str, Any]:
     }
 
 
+def _is_pair(world: World, random: np.random.Generator) -> bool:
+    return bool(random.random() < world.two_speakers) and world.guest is None
+
+
 def _cast(world: World, count: int, random: np.random.Generator) -> list[Character]:
     numbers = random.integers(NUM_CHARACTERS, size=count)
+    if world.guest is not None:
+        return [GUESTS[world.guest]]
     return [draw_character(character_seed(world.split, int(number))) for number in numbers]
 
 

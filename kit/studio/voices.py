@@ -165,6 +165,19 @@ def draw_noise(num_samples: int, random: np.random.Generator) -> Tensor:
     return torch.from_numpy(scaled.astype(np.float32))
 
 
+def write_flac(path: Path, speech: Tensor) -> None:
+    """Save speech, -1 to 1, at 16 kHz. [samples]"""
+    # Twelve of the sixteen bits: their noise lies at -74 dB, and the files are a third smaller.
+    samples = (speech.clamp(-1, 0.999) * 2048).round().mul(16).short()[None].numpy()
+    options = {"fflags": "+bitexact"}
+    with av.open(str(path), "w", format="flac", options=options) as container:
+        stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        frame.sample_rate = SAMPLE_RATE
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
 def _colored(track: Tensor, random: np.random.Generator) -> Tensor:
     """Tilt the spectrum a little, and sometimes add an early echo."""
     tilt = float(random.uniform(-0.3, 0.3))
@@ -188,7 +201,7 @@ def _record(place: Path, split: Split, number: int) -> Utterance:
     text = draw_syllables(random) if invented else texts[random.integers(len(texts))]
     speech = _speak(f"{language}+{variant}", text, random)
     file = f"{number:05d}-{language}-{variant}.flac"
-    _write_flac(place / file, speech)
+    write_flac(place / file, speech)
     return Utterance(file, f"{language}+{variant}", text, round(len(speech) / SAMPLE_RATE, 3))
 
 
@@ -204,18 +217,6 @@ def _speak(voice: str, text: str, random: np.random.Generator) -> Tensor:
 def _trimmed(speech: Tensor) -> Tensor:
     loud = (speech.abs() > _QUIET).nonzero()[:, 0]
     return speech[loud[0] : loud[-1] + 1] if len(loud) else speech[:0]
-
-
-def _write_flac(path: Path, speech: Tensor) -> None:
-    # Twelve of the sixteen bits: their noise lies at -74 dB, and the files are a third smaller.
-    samples = (speech.clamp(-1, 0.999) * 2048).round().mul(16).short()[None].numpy()
-    options = {"fflags": "+bitexact"}
-    with av.open(str(path), "w", format="flac", options=options) as container:
-        stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono")
-        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
-        frame.sample_rate = SAMPLE_RATE
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
 
 
 def _samples(seconds: float) -> int:

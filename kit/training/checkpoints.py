@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "data.num_workers",
     "data.path",
     "preview",
+    "measure",
     "sampling",
 )
 """Keys that may differ between a run and its continuation: they change no training step."""

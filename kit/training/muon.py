@@ -67,15 +67,18 @@ class Muon(Optimizer):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """Bring all singular values near 1, by a few steps of a polynomial. [rows, columns]."""
+    """Bring all singular values near 1, by a few steps of a polynomial. [rows, columns].
+
+    Computed in bfloat16, because the polynomial only brings them near 1 anyway.
+    """
     a, b, c = _QUINTIC
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x: Tensor = matrix.T if is_tall else matrix
+    x: Tensor = (matrix.T if is_tall else matrix).bfloat16()
     x = x / (x.norm() + _EPSILON)
     for _ in range(_ITERATIONS):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if is_tall else x
+    return (x.T if is_tall else x).to(matrix.dtype)
 
 
 def _move_matrix(

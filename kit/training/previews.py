@@ -1,5 +1,6 @@
-"""Short talking videos on the way, made by the sampler that `kit sample` uses."""
+"""Short talking videos on the way, made and measured as `kit sample --report` does."""
 
+import logging
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -17,12 +18,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from kit.batch import SAMPLE_RATE, Conditions
 from kit.data.media import VideoWriter
+from kit.errors import InputError
+from kit.metrics.video_report import Measure, VideoReport
 from kit.models.base import Encoders
 from kit.recipe import ExistingFile
 from kit.sampling.frames import to_pictures
 from kit.sampling.pipeline import Predict, Scene, TalkSampler, no_progress
 from kit.training.ema import AdapterEMA
 from kit.training.module import Fitting
+
+_LOG = logging.getLogger(__name__)
 
 GIF_EVERY = 2
 """TensorBoard gets every n-th frame."""
@@ -63,12 +68,13 @@ class Previews(Callback):
 
     Args:
         settings: how often.
-        folder: receives `step-00000100.mp4` and so on.
+        folder: receives `step-00000100.mp4`, `step-00000100.json` with its numbers, and so on.
         sampler: makes the video.
         load_encoders: gives the frozen encoders.
         load_scene: gives what to show.
         ema: the average of what trains.
         fps: of the video.
+        measure: tells the numbers of the video.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Previews(Callback):
         load_scene: Callable[[], Scene],
         ema: AdapterEMA,
         fps: int,
+        measure: Measure,
     ) -> None:
         self.settings = settings
         self.folder = folder
@@ -88,6 +95,7 @@ class Previews(Callback):
         self.load_scene = load_scene
         self.ema = ema
         self.fps = fps
+        self.measure = measure
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,12 +115,16 @@ class Previews(Callback):
         path = self.folder / f"step-{step:08d}.mp4"
         pl_module.network.eval()
         with self.ema.applied(pl_module):
-            frames, speech = self._make(_as_trained(pl_module, trainer), path)
+            frames, tracks = self._make(_as_trained(pl_module, trainer), path)
         pl_module.network.train()
+        report = self._measured(frames, tracks, path)
         if isinstance(trainer.logger, TensorBoardLogger):
-            _log(trainer.logger.experiment, frames, speech, step, self.fps)
+            writer = trainer.logger.experiment
+            _log(writer, frames, tracks.sum(0), step, self.fps)
+            _log_numbers(writer, report, step)
 
-    def _make(self, denoiser: Predict, path: Path) -> tuple[np.ndarray, torch.Tensor]:
+    def _make(self, denoiser: Predict, path: Path) -> tuple[np.ndarray, Tensor]:
+        """Make a preview; gives its pictures and tracks. [T, height, width, 3], [S, samples]"""
         path.parent.mkdir(parents=True, exist_ok=True)
         scene, encoders = self.load_scene(), self.load_encoders()
         chunks = [
@@ -126,7 +138,19 @@ class Previews(Callback):
         height, width = frames.shape[1:3]
         with VideoWriter(path, fps=self.fps, height=height, width=width, speech=speech) as writer:
             writer.write(frames)
-        return frames, speech
+        return frames, scene.tracks
+
+    def _measured(self, frames: np.ndarray, tracks: Tensor, path: Path) -> VideoReport | None:
+        """Measure a preview and write its numbers beside it."""
+        starts = [chunk.first_shown for chunk in self.sampler.plan(len(frames))]
+        try:
+            report = self.measure.report(torch.from_numpy(frames), tracks, self.fps, starts)
+        except InputError as error:
+            # What a network shows on its way cannot be foreseen, and is no reason to stop it.
+            _LOG.warning("%s is not measured: %s", path, error)
+            return None
+        report.write(path.with_suffix(".json"))
+        return report
 
 
 def _as_trained(module: Fitting, trainer: Trainer) -> Predict:
@@ -148,6 +172,13 @@ def _log(
     file_writer = writer.file_writer
     assert file_writer is not None
     file_writer.add_summary(_animation(frames[::GIF_EVERY], fps // GIF_EVERY), step)
+
+
+def _log_numbers(writer: SummaryWriter, report: VideoReport | None, step: int) -> None:
+    # Previews have one speaker.
+    for name, value in report.tracks[0].items() if report else ():
+        if value is not None:
+            writer.add_scalar(f"preview/{name}", value, step)
 
 
 def _animation(frames: np.ndarray, fps: int) -> Summary:

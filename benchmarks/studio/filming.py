@@ -1,0 +1,65 @@
+"""The base under measurement, loaded once in each process, and what it films."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kit.models.base import Base, Denoiser, Encoders
+from kit.run.recipes import SAMPLE, read_as
+from kit.run.sample import build_sample, load_with_adapter
+from kit.sampling.frames import to_pictures
+from kit.sampling.pipeline import Scene, TalkSampler, no_progress
+
+RECIPE = "recipes/studio/talk.yaml"
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A base with its sampler, ready to film."""
+
+    base: Base
+    sampler: TalkSampler
+    denoiser: Denoiser
+    encoders: Encoders
+
+
+@dataclass(frozen=True)
+class Film:
+    """What was made.
+
+    Attributes:
+        frames: uint8 [T, height, width, 3].
+        chunk_starts: first frame of each chunk.
+    """
+
+    frames: Tensor
+    chunk_starts: list[int]
+
+    def beginning(self, num_chunks: int) -> "Film":
+        """Keep the first chunks."""
+        if num_chunks >= len(self.chunk_starts):
+            return self
+        stop = self.chunk_starts[num_chunks]
+        return replace(self, frames=self.frames[:stop], chunk_starts=self.chunk_starts[:num_chunks])
+
+
+@lru_cache(maxsize=2)
+def open_studio(overrides: tuple[str, ...]) -> Studio:
+    """Load what the talk recipe names; overrides are `key=value` words."""
+    torch.set_num_threads(1)
+    checked = read_as(RECIPE, overrides, SAMPLE)
+    base, sampler = build_sample(checked)
+    device = torch.device("cpu")
+    denoiser = load_with_adapter(base, checked["adapter"], device)
+    return Studio(base, sampler, denoiser, base.load_encoders(device))
+
+
+def film(studio: Studio, scene: Scene, seed: int) -> Film:
+    """Sample a scene."""
+    made = studio.sampler.sample(studio.denoiser, studio.encoders, scene, seed, no_progress)
+    chunks = [to_pictures(pixels) for pixels in made]
+    starts = np.cumsum([0, *(len(chunk) for chunk in chunks[:-1])]).tolist()
+    return Film(torch.from_numpy(np.concatenate(chunks)), starts)
