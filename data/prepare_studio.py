@@ -55,9 +55,7 @@ def main(words: list[str]) -> None:
     options = _read(words)
     _check(options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    world = World(
-        options.split, options.seed, options.height, options.two_speakers, options.guest
-    )
+    world = World(options.split, options.seed, options.height, options.two_speakers, options.guest)
     num_frames = max(1, round(options.seconds * FPS / 4)) * 4 + 1
     speech = options.speech or options.out.absolute().parent / "speech"
     # A corpus that was named is used as it is: it may be one of the shipped ones.

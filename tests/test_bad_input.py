@@ -20,7 +20,7 @@ from kit.data.media import VideoWriter, encode_wav, probe
 from kit.draws import draw_normal
 
 ROOT = Path(__file__).parents[1]
-FIT, TALK = (str(ROOT / "recipes" / name) for name in ("quickstart.yaml", "quickstart_talk.yaml"))
+FIT, TALK = (str(ROOT / "tests/recipes" / name) for name in ("tiny.yaml", "tiny_talk.yaml"))
 PREPARE = ["prepare", "clips", "--out", "shards", "--window", "9", "--buckets", "64x64"]
 
 
@@ -142,9 +142,9 @@ def test_a_checkpoint_of_another_recipe(
     encoded_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(fit_words(encoded_shards)) == 0
-    adapter = Path("runs/quickstart/adapter.safetensors").read_bytes()
+    adapter = Path("runs/tiny/adapter.safetensors").read_bytes()
     assert "optimizer.lr" in refused(capsys, *fit_words(encoded_shards, "optimizer.lr=1e-5"))
-    assert Path("runs/quickstart/adapter.safetensors").read_bytes() == adapter
+    assert Path("runs/tiny/adapter.safetensors").read_bytes() == adapter
 
 
 def test_shards_of_another_plan(encoded_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +182,7 @@ def test_an_adapter_that_does_not_fit(
     from kit.adapters.files import load_adapter, write_adapter
 
     assert main(fit_words(encoded_shards)) == 0
-    tensors, info = load_adapter(Path("runs/quickstart/adapter.safetensors"))
+    tensors, info = load_adapter(Path("runs/tiny/adapter.safetensors"))
     wide = {name: torch.cat([tensor, tensor], dim=1) for name, tensor in tensors.items()}
     write_adapter(Path("wide.safetensors"), wide, info)
     said = refused(capsys, "sample", TALK, "adapter=wide.safetensors")

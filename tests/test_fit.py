@@ -23,7 +23,7 @@ from kit.run.fit import fit
 from kit.training.checkpoints import AtomicCheckpoints
 from kit.training.curves import read_curves
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+RECIPE = Path(__file__).parent / "recipes" / "tiny.yaml"
 TIMES = ("seconds",)
 """Columns of the curves that no two runs share."""
 

@@ -34,7 +34,7 @@ from kit.sampling.frames import to_pictures
 from kit.sampling.pipeline import no_progress
 
 ROOT = Path(__file__).parents[1]
-TALK, QUICK = (str(ROOT / "recipes" / name) for name in ("quickstart_talk.yaml", "quickstart.yaml"))
+TALK, QUICK = (str(ROOT / "tests/recipes" / name) for name in ("tiny_talk.yaml", "tiny.yaml"))
 PORTRAIT = ROOT / "data" / "sample" / "portrait.png"
 CPU = torch.device("cpu")
 SIZE = 64

@@ -12,6 +12,7 @@ from torch import Tensor
 from kit.data.clips import read_pictures
 from kit.data.encode import to_video
 from kit.data.shards import Shards
+from kit.errors import InputError
 from kit.models.base import Encoders
 from kit.models.wan_base import WanBase
 from kit.pretraining import TASKS
@@ -38,6 +39,7 @@ def run(task: str, shards: Path, **more: Any) -> Path:
         "name": task,
         "into": "base",
         "task.config": CONFIGS[task],
+        **({"task.start": "null"} if task == "video" else {}),
         "data.path": shards,
         "data.window_frames": 5,
         "data.context_frames": 1,
@@ -112,3 +114,20 @@ def test_measured_latents_have_mean_zero_and_spread_one(raw_shards: Path) -> Non
     videos = [to_video(read_pictures(shards, number, list(range(5)))) for number in range(3)]
     latents = torch.cat([encoders.encode_video(video[None]).flatten() for video in videos])
     assert abs(float(latents.mean())) < 0.5 and 0.5 < float(latents.std()) < 2
+
+
+def test_the_video_codec_is_trained_in_parts(raw_shards: Path) -> None:
+    run("video", raw_shards, **{"name": "pictures", "task.pictures": "true", "into": "one"})
+    before = load_file("one/vae/diffusion_pytorch_model.safetensors")
+    still = [name for name, tensor in before.items() if name.endswith("time_conv.weight")]
+    # A single picture has no past: what looks back stays as it began, at zero.
+    assert still and not any(before[name].any() for name in still)
+    run("video", raw_shards, **{"name": "clips", "task.start": "one", "into": "two"})
+    after = load_file("two/vae/diffusion_pytorch_model.safetensors")
+    assert all(after[name].any() for name in still)
+    assert course("clips")[0] < course("pictures")[0]
+
+
+def test_a_part_that_was_not_trained_is_named(raw_shards: Path) -> None:
+    with pytest.raises(InputError, match=r"task.start: nowhere/vae/.* is missing"):
+        run("video", raw_shards, **{"task.start": "nowhere"})

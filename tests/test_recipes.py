@@ -11,7 +11,7 @@ from kit.run.recipes import SAMPLE, schema_of
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-SPEECH = str(ROOT / "data" / "sample" / "speech.wav")
+SPEECH = str(ROOT / "data" / "sample" / "speech.flac")
 PORTRAIT = str(ROOT / "data" / "sample" / "portrait.png")
 
 

@@ -17,7 +17,7 @@ from kit.models.wan_base import WanBase
 from kit.run.sample import sample
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "quickstart_talk.yaml"
+RECIPE = ROOT / "tests" / "recipes" / "tiny_talk.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -129,8 +129,8 @@ def test_text_and_speech_alone_make_a_video() -> None:
 
 
 def test_a_recipe_of_another_command_is_one_line() -> None:
-    with pytest.raises(InputError, match="quickstart.yaml is a recipe for `kit fit`") as error:
-        sample(str(ROOT / "recipes" / "quickstart.yaml"), [], print_nothing)
+    with pytest.raises(InputError, match="tiny.yaml is a recipe for `kit fit`") as error:
+        sample(str(ROOT / "tests" / "recipes" / "tiny.yaml"), [], print_nothing)
     assert "\n" not in str(error.value)
 
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kit.batch import Conditions
+from kit.data.media import VideoWriter
 from kit.draws import draw_normal
 from kit.models.base import Encoders
 from kit.models.wan import Wan
@@ -18,7 +20,6 @@ from kit.sampling.color import rgb_to_lab
 from kit.sampling.frames import StillSource, VideoSource, to_pictures, to_pixels
 from kit.sampling.pipeline import Scene, TalkSampler, no_progress
 
-CLIP = Path(__file__).parents[1] / "data/sample/clips/clip1.mp4"
 MakeWan = Callable[[], Wan]
 PORTRAIT = to_pictures(draw_normal((1, 3, 40, 36), "portrait").tanh())[0]
 
@@ -187,8 +188,11 @@ def test_pictures_and_pixels() -> None:
     assert to_pictures(torch.tensor([-3.0, 3.0]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
 
 
-def test_a_video_source_gives_frames_by_time() -> None:
-    source = VideoSource(CLIP, (32, 32), fps=25)
+def test_a_video_source_gives_frames_by_time(tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    with VideoWriter(clip, fps=25, height=40, width=36, speech=None) as writer:
+        writer.write(np.stack([np.roll(PORTRAIT, 3 * shift, axis=1) for shift in range(10)]))
+    source = VideoSource(clip, (32, 32), fps=25)
     frames = [source.frame(index) for index in (0, 4, 4, 10_000, 20_000)]
     assert all(frame.shape == (3, 32, 32) for frame in frames)
     assert not torch.equal(frames[0], frames[1])

@@ -1,6 +1,7 @@
 """The video autoencoder of a small base."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from kit.data.clips import RawSample
 from kit.data.encode import to_video
 from kit.draws import seed_of
+from kit.errors import InputError
 from kit.models.encoders import prefer_channels_last
 from kit.pretraining.base import EncoderTask, save_part
 from kit.recipe import ExistingFolder
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_FILE = "diffusion_pytorch_model.safetensors"
 
 
 class VideoCoding(EncoderTask):
@@ -28,10 +30,13 @@ class VideoCoding(EncoderTask):
 
     Args:
         seed: of the first weights.
-        config: folder whose `config.json` tells the sizes; weights beside it are gone on with.
+        config: folder whose `config.json` tells the sizes.
+        start: base folder whose `vae/` an earlier part of the training wrote; None begins anew.
         pictures: train on single pictures, the first frame of each window and its reference.
         kl: weight of the pull of the latents towards a standard normal distribution.
         edges: weight of the error of differences between neighbouring pixels.
+        motion: weight of the error of differences between neighbouring frames; it keeps small
+            things that move, such as lips, from being averaged over time.
 
     Source: the losses are the usual ones of latent diffusion (Rombach et al. 2021), without the
     perceptual and adversarial terms, which flat drawings do not need.
@@ -42,22 +47,24 @@ class VideoCoding(EncoderTask):
         seed: int,
         *,
         config: ExistingFolder,
+        start: str | None = None,
         pictures: bool = False,
         kl: Annotated[float, Field(ge=0)] = 1e-4,
         edges: Annotated[float, Field(ge=0)] = 1.0,
+        motion: Annotated[float, Field(ge=0)] = 2.0,
     ) -> None:
-        folder = Path(config)
-        self._config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self._config: dict[str, Any] = json.loads((Path(config) / "config.json").read_text())
         torch.manual_seed(seed_of(seed, "weights"))
         self._vae: Any = AutoencoderKLWan.from_config(self._config)
-        if (folder / _WEIGHTS).exists():
-            self._vae.load_state_dict(load_file(folder / _WEIGHTS))
-        else:
+        if start is None:
             _start_quiet(self._vae)
+        else:
+            self._vae.load_state_dict(_weights(Path(start) / "vae" / _FILE))
         prefer_channels_last(self._vae)
         self._pictures = pictures
         self._kl = kl
         self._edges = edges
+        self._motion = motion
 
     @property
     def network(self) -> nn.Module:
@@ -72,7 +79,8 @@ class VideoCoding(EncoderTask):
         decoded = self._vae.decode(posterior.sample()).sample.float()
         return {
             "pixels": (decoded - pixels).abs().mean(),
-            "edges": self._edges * edge_error(decoded, pixels),
+            "edges": self._edges * difference_error(decoded, pixels, (-1, -2)),
+            "motion": self._motion * difference_error(decoded, pixels, (-3,)),
             "kl": self._kl * posterior.kl().mean() / posterior.mean[0].numel(),
         }
 
@@ -86,7 +94,7 @@ class VideoCoding(EncoderTask):
 
     def save(self, folder: Path) -> None:
         """Write `vae/`."""
-        save_part(folder / "vae", self._config, self._vae, _WEIGHTS)
+        save_part(folder / "vae", self._config, self._vae, _FILE)
 
     def _pixels(self, batch: list[RawSample]) -> Tensor:
         """Put a batch together, as clips or as pictures. [B, 3, T, height, width]"""
@@ -96,6 +104,12 @@ class VideoCoding(EncoderTask):
             clips = [*(clip[:, :1] for clip in clips), *others]
         pixels = torch.stack(clips).to(self._vae.device)
         return pixels.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise InputError(f"task.start: {file} is missing; train the part before this one first")
+    return load_file(file)
 
 
 def _start_quiet(vae: nn.Module) -> None:
@@ -112,7 +126,14 @@ def _start_quiet(vae: nn.Module) -> None:
                 module.bias.zero_()
 
 
-def edge_error(one: Tensor, other: Tensor) -> Tensor:
-    """Average the error of differences between neighbours, across and down. [B, 3, T, H, W]."""
-    errors = [(one.diff(dim=axis) - other.diff(dim=axis)).abs().mean() for axis in (-1, -2)]
-    return torch.stack(errors).mean()
+def difference_error(one: Tensor, other: Tensor, axes: Sequence[int]) -> Tensor:
+    """Average the error of differences between neighbours along axes. [B, 3, T, H, W]
+
+    It is 0 along axes of length 1.
+    """
+    errors = [
+        (one.diff(dim=axis) - other.diff(dim=axis)).abs().mean()
+        for axis in axes
+        if one.shape[axis] > 1
+    ]
+    return torch.stack(errors).mean() if errors else one.new_zeros(())

@@ -81,9 +81,9 @@ def describe(character: Character, random: np.random.Generator) -> str:
 
 def name_framing(head_height: float) -> str:
     """Name how near the camera is; head_height in picture heights."""
-    if head_height >= 0.75:
+    if head_height >= 0.8:
         return "close-up"
-    return "medium shot" if head_height >= 0.62 else "half body"
+    return "medium shot" if head_height >= 0.68 else "half body"
 
 
 def _listed(parts: Sequence[str]) -> str:

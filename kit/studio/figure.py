@@ -71,8 +71,8 @@ def mouth_shapes(pose: Pose, smile: float) -> list[Shape]:
 
 def mouth_outline(opening: float, width: float, smile: float, margin: float = 0.0) -> Floats:
     """Trace the opening of a mouth in head units, enlarged by a margin. [N, 2]"""
-    half = 0.26 + 0.1 * width + margin
-    up, down = 0.1 * opening + margin, 0.34 * opening + margin
+    half = 0.3 + 0.12 * width + margin
+    up, down = 0.12 * opening + margin, 0.4 * opening + margin
     x, y = half * np.cos(_HALF_ROUND), np.sin(_HALF_ROUND)
     upper = np.stack([x, -up * y], axis=1)
     lower = np.stack([-x, down * y], axis=1)

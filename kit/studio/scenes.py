@@ -131,7 +131,7 @@ def stage(
     """
     num_frames, count = len(mouths[0].opening), len(characters)
     width = height if count == 1 else height * 3 // 2
-    head_height = float(random.uniform(0.5, 0.85) if count == 1 else random.uniform(0.5, 0.6))
+    head_height = float(random.uniform(0.56, 0.9) if count == 1 else random.uniform(0.56, 0.64))
     unit = head_height / HEAD_UNITS
     top = random.uniform(0.3, 0.6) * (1 - head_height) + _HAIR_TOP * unit
     parts = tuple(

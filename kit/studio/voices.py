@@ -139,14 +139,18 @@ def sentences_of(split: Split, language: str) -> list[str]:
 def draw_speech(
     corpus: Corpus, voice: str, num_samples: int, random: np.random.Generator
 ) -> Tensor:
-    """Let a voice speak with pauses, at a random loudness and with small effects. [samples]"""
+    """Let a voice speak with pauses, at a random loudness and with small effects. [samples]
+
+    It is listened to from anywhere within the first two seconds.
+    """
     pieces, length = [torch.zeros(_samples(random.uniform(0, 0.5)))], 0
-    while length < num_samples:
+    start = _samples(random.uniform(0, 2))
+    while length < start + num_samples:
         own = corpus.voices[voice]
         speech = corpus.load(own[random.integers(len(own))])
         pieces += [speech, torch.zeros(_samples(random.uniform(0.3, 1.0)))]
         length = sum(map(len, pieces))
-    track = torch.cat(pieces)[:num_samples]
+    track = torch.cat(pieces)[start : start + num_samples]
     return _colored(track, random) * 10 ** (random.uniform(-12, 6) / 20)
 
 

@@ -1,0 +1,116 @@
+"""The shipped studio base: small, in half precision, and it makes characters talk."""
+
+import csv
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from kit.data.media import load_speech
+from kit.metrics.mouth import box_regions, opening_by_color
+from kit.metrics.sync import lip_sync, speech_envelope
+from kit.models.base import Denoiser, Encoders
+from kit.models.wan_base import WanBase
+from kit.run.fit import fit
+from kit.run.prepare import prepare
+from kit.run.scenes import load_portrait, one_speaker
+from kit.sampling.frames import to_pictures
+from kit.sampling.pipeline import Scene, TalkSampler, no_progress
+from kit.studio.characters import MOUTH
+
+ROOT = Path(__file__).parents[1]
+BASE, SAMPLE = ROOT / "data" / "studio_base", ROOT / "data" / "sample"
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+MOUTH_BOX = (20.0, 28.0, 44.0, 52.0)
+NUM_FRAMES = 57
+
+
+@pytest.fixture(scope="module")
+def base() -> WanBase:
+    return WanBase(path=str(BASE), dtype="float32", video_dtype="bfloat16", text_length=64)
+
+
+@pytest.fixture(scope="module")
+def denoiser(base: WanBase) -> Denoiser:
+    return base.load_denoiser(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def encoders(base: WanBase) -> Encoders:
+    return base.load_encoders(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def scene(base: WanBase) -> Scene:
+    """The shipped portrait speaks the shipped speech."""
+    source, size = load_portrait(SAMPLE / "portrait.png", ["64x64"])
+    track = load_speech(SAMPLE / "speech.flac")[: NUM_FRAMES * 640]
+    return one_speaker("a girl, talking", track, source, size, base.geometry)
+
+
+@pytest.fixture(scope="module")
+def opening(denoiser: Denoiser, encoders: Encoders, scene: Scene) -> Tensor:
+    return mouth_opening(denoiser, encoders, scene)
+
+
+def mouth_opening(denoiser: Denoiser, encoders: Encoders, scene: Scene) -> Tensor:
+    """Sample two chunks and measure the mouth. [T]"""
+    sampler = TalkSampler(steps=8, shift=3.0, text_scale=1.0, audio_scale=1.5, num_frames=33)
+    chunks = sampler.sample(denoiser, encoders, scene, 0, no_progress)
+    frames = torch.from_numpy(np.concatenate([to_pictures(pixels) for pixels in chunks]))
+    region = box_regions(torch.tensor(MOUTH_BOX), 64, 64)
+    return opening_by_color(frames, region, MOUTH)
+
+
+def test_weights_are_few_and_in_half_precision() -> None:
+    files = list(BASE.rglob("*.safetensors"))
+    folders = {file.parent.name for file in files}
+    assert folders == {
+        "transformer", "audio", "vae", "text_encoder", "image_encoder", "audio_encoder"
+    }  # fmt: skip
+    assert sum(file.stat().st_size for file in BASE.rglob("*.*")) <= 15e6
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            dtypes = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        assert dtypes == {"F16"}, file
+
+
+def test_the_base_has_no_problems(base: WanBase) -> None:
+    assert base.problems() == []
+
+
+def test_lips_follow_the_voice(opening: Tensor, scene: Scene) -> None:
+    sync = lip_sync(opening, speech_envelope(scene.tracks[0], 25, NUM_FRAMES))
+    assert sync.r > 0.75
+    assert abs(sync.lag_frames) <= 2
+
+
+def test_another_voice_moves_the_lips_otherwise(
+    denoiser: Denoiser, encoders: Encoders, scene: Scene, opening: Tensor
+) -> None:
+    silence = replace(scene, tracks=torch.zeros_like(scene.tracks))
+    closed = mouth_opening(denoiser, encoders, silence)
+    assert closed.mean() < 0.4 * opening.mean()
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_from_the_base_lower_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shards = tmp_path / "shards"
+    prepare(
+        SAMPLE / "shards", shards, recipe=QUICKSTART, encode=True, window=None, buckets=None,
+        clip_seconds=20, sequence_fps=25, overwrite=False, report=lambda line: None,
+    )  # fmt: skip
+    words = [f"data.path={shards}", "preview=null", "trainer.max_steps=200", "data.num_workers=0"]
+    folder = fit(QUICKSTART, words, lambda line: None)
+    with (folder / "metrics.csv").open() as file:
+        losses = [float(row["loss/velocity"]) for row in csv.DictReader(file)]
+    assert len(losses) == 200
+    assert statistics.mean(losses[-50:]) < 0.9 * statistics.mean(losses[:50])
