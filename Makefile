@@ -15,7 +15,9 @@ quickstart: $(INSTALLED)  ## train a tiny base and an adapter, then make a video
 # Every line goes on where it was stopped.
 studio: $(INSTALLED)  ## train the studio base again, in about two hours on two cores
 	test -f runs/studio/shards/train/index.json || .venv/bin/python data/prepare_studio.py \
-		runs/studio/shards/train --split train --clips 900 --stills 300
+		runs/studio/shards/train --split train --clips 2400 --stills 900
+	test -f runs/studio/shards/pictures/index.json || .venv/bin/python data/prepare_studio.py \
+		runs/studio/shards/pictures --clips 5000 --stills 0 --seconds 0.2 --seed 1
 	for part in transformer audio; do mkdir -p runs/studio/base/$$part && \
 		cp data/studio_base/$$part/config.json runs/studio/base/$$part/; done
 	.venv/bin/kit pretrain recipes/studio/pictures.yaml

@@ -290,7 +290,7 @@ def test_atomic_checkpoints_replace_only_when_whole(tmp_path: Path) -> None:
 def test_previews_have_sound(encoded_shards: Path, tmp_path: Path) -> None:
     from kit.data.media import probe
 
-    sample = RECIPE.parents[1] / "data" / "sample"
+    sample = Path(__file__).parents[1] / "data" / "sample"
     more = {
         "trainer.max_steps": 2,
         "preview.every": 1,

@@ -31,7 +31,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
         [B, N, h * d]
     """
     query, key, value = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))
-    mixed = _mixture(query)(query, key, value, attn_mask=mask)
+    mixed: Tensor = _mixture(query)(query, key, value, attn_mask=mask)
     return mixed.transpose(1, 2).flatten(2)
 
 
@@ -48,7 +48,8 @@ def mixed_plainly(
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # [B, h, N, N']
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    mixed: Tensor = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return mixed
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
