@@ -24,6 +24,13 @@ from kit.training.checkpoints import AtomicCheckpoints
 from kit.training.curves import read_curves
 
 RECIPE = Path(__file__).parent / "recipes" / "tiny.yaml"
+SHORT_PREVIEWS = {
+    "preview.every": 1,
+    "preview.seconds": 0.3,
+    "sampling.num_frames": 9,
+    "sampling.context_frames": 5,
+    "sampling.steps": 1,
+}
 TIMES = ("seconds",)
 """Columns of the curves that no two runs share."""
 
@@ -195,11 +202,7 @@ def test_whole_parts_train_in_a_bfloat16_base_with_previews(encoded_shards: Path
     data = {"base.dtype": "bfloat16", "adapter.parts": "[attention]"}
     more = {**data, "adapter.train_fully": "[audio]", "trainer.max_steps": 1}
     preview = {
-        "preview.every": 1,
-        "preview.seconds": 0.3,
-        "sampling.num_frames": 9,
-        "sampling.context_frames": 5,
-        "sampling.steps": 1,
+        **SHORT_PREVIEWS,
     }
     with pytest.raises(InputError, match=r"trainer\.precision: 32-true cannot train"):
         fit(str(RECIPE), overrides(encoded_shards, **more), print_nothing)
@@ -216,11 +219,7 @@ def test_a_bfloat16_base_trains_from_raw_shards(raw_shards: Path) -> None:
         "adapter.train_fully": "[audio]",
         "trainer.precision": "bf16-mixed",
         "trainer.max_steps": 2,
-        "preview.every": 1,
-        "preview.seconds": 0.3,
-        "sampling.num_frames": 9,
-        "sampling.context_frames": 5,
-        "sampling.steps": 1,
+        **SHORT_PREVIEWS,
     }
     words = [word for word in overrides(raw_shards, **more) if word != "preview=null"]
     folder = fit(str(RECIPE), words, print_nothing)
@@ -290,17 +289,11 @@ def test_atomic_checkpoints_replace_only_when_whole(tmp_path: Path) -> None:
 def test_previews_have_sound(encoded_shards: Path, tmp_path: Path) -> None:
     from kit.data.media import probe
 
-    sample = Path(__file__).parents[1] / "data" / "sample"
     more = {
         "trainer.max_steps": 2,
-        "preview.every": 1,
-        "preview.seconds": 0.3,
-        "sampling.num_frames": 9,
-        "sampling.context_frames": 5,
-        "sampling.steps": 1,
+        **SHORT_PREVIEWS,
     }
     words = [word for word in overrides(encoded_shards, **more) if word != "preview=null"]
-    assert sample.is_dir()
     folder = fit(str(RECIPE), words, print_nothing)
     videos = sorted((folder / "previews").glob("*.mp4"))
     assert [video.name for video in videos] == ["step-00000001.mp4", "step-00000002.mp4"]

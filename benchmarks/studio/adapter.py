@@ -7,19 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from filming import Film, film, open_studio
+from filming import Film, film, open_studio, save
 from scenes import known, takes, to_scene
 
-from kit.data.media import VideoWriter
 from kit.metrics.identity import color_identity
 from kit.metrics.mouth import opening_by_color
 from kit.metrics.report import Known
 from kit.metrics.sync import lip_sync, speech_envelope
 from kit.run.fit import ADAPTER_NAME, fit
 from kit.run.prepare import prepare
-from kit.sampling.pipeline import Scene
 from kit.studio.mouth import FPS
 from kit.studio.scenes import Take
 
@@ -62,7 +58,7 @@ def compare_adapter(
                     f"{what}_{way}_{name}": n for what, n in _measure(made, take, facts).items()
                 }
                 if films is not None:
-                    _save(films / f"guest-{way}-{name}-{index:02d}.mp4", made, scene)
+                    save(films / f"guest-{way}-{name}-{index:02d}.mp4", made, take.tracks.sum(0))
         rows.append(row)
     return {"adapter_seconds": seconds, **_compare(rows)}
 
@@ -107,11 +103,3 @@ def _compare(rows: list[Numbers]) -> dict[str, float]:
         report |= both(f"adapter_identity_gain{suffix}", [base / ours for base, ours in pairs])
     pairs = zip(column("sync_portrait_base"), column("sync_portrait_adapter"), strict=True)
     return report | both("adapter_sync_loss", [base - ours for base, ours in pairs])
-
-
-def _save(path: Path, made: Film, scene: Scene) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = made.frames.shape[1:3]
-    speech: torch.Tensor = scene.tracks.sum(0)
-    with VideoWriter(path, fps=FPS, height=height, width=width, speech=speech) as writer:
-        writer.write(np.asarray(made.frames))

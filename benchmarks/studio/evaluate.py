@@ -15,14 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from adapter import compare_adapter
-from filming import Film, Studio, film, open_studio
+from filming import Film, Studio, film, open_studio, save
 from scenes import SPEECH, known, takes, to_scene
 from words import draw_order, obeyed
 
-from kit.data.media import VideoWriter
 from kit.metrics.drift import color_drift, motion_energy, seam_ratio
 from kit.metrics.mouth import opening_by_color
 from kit.metrics.report import Known
@@ -178,16 +176,8 @@ def _length(studio: Studio, num_chunks: int) -> int:
 def _film(job: Job, studio: Studio, scene: Scene, take: Take) -> Film:
     made = film(studio, scene, job.index)
     if job.films is not None:
-        save(job.films / f"{job.kind}-{job.index:02d}.mp4", made.frames, take.tracks.sum(0))
+        save(job.films / f"{job.kind}-{job.index:02d}.mp4", made, take.tracks.sum(0))
     return made
-
-
-def save(path: Path, frames: torch.Tensor, speech: torch.Tensor) -> None:
-    """Save frames, uint8 [T, height, width, 3], with their sound."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = frames.shape[1:3]
-    with VideoWriter(path, fps=FPS, height=height, width=width, speech=speech) as writer:
-        writer.write(np.asarray(frames))
 
 
 def _opening(made: Film, facts: Known) -> torch.Tensor:

@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kit.data.media import VideoWriter
 from kit.models.base import Base, Denoiser, Encoders
 from kit.run.recipes import SAMPLE, read_as
 from kit.run.sample import build_sample, load_with_adapter
 from kit.sampling.frames import to_pictures
 from kit.sampling.pipeline import Scene, TalkSampler, no_progress
+from kit.studio.mouth import FPS
 
 RECIPE = "recipes/studio/talk.yaml"
 
@@ -63,3 +66,11 @@ def film(studio: Studio, scene: Scene, seed: int) -> Film:
     chunks = [to_pictures(pixels) for pixels in made]
     starts = np.cumsum([0, *(len(chunk) for chunk in chunks[:-1])]).tolist()
     return Film(torch.from_numpy(np.concatenate(chunks)), starts)
+
+
+def save(path: Path, made: Film, speech: Tensor) -> None:
+    """Save a film with its sound. [samples]"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = made.frames.shape[1:3]
+    with VideoWriter(path, fps=FPS, height=height, width=width, speech=speech) as writer:
+        writer.write(np.asarray(made.frames))
