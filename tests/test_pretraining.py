@@ -1,5 +1,6 @@
 """`kit pretrain`: every task learns, goes on bit for bit, and writes a part that a base loads."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kit.errors import InputError
 from kit.models.base import Encoders
 from kit.models.wan_base import WanBase
 from kit.pretraining import TASKS
+from kit.pretraining.video import turn_hues
 from kit.run.pretrain import pretrain
 from kit.training.curves import read_curves
 
@@ -130,3 +132,12 @@ def test_the_video_codec_is_trained_in_parts(raw_shards: Path) -> None:
 def test_a_part_that_was_not_trained_is_named(raw_shards: Path) -> None:
     with pytest.raises(InputError, match=r"task.start: nowhere/vae/.* is missing"):
         run("video", raw_shards, **{"task.start": "nowhere"})
+
+
+def test_hues_turn_and_greys_stay() -> None:
+    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1, 1)
+    third = 2 * math.pi / 3
+    torch.testing.assert_close(turn_hues(red, third).flatten(), torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(turn_hues(red, 2 * third).flatten(), torch.tensor([0.0, 0.0, 1.0]))
+    grey = torch.full((3, 2, 2, 2), 0.3)
+    torch.testing.assert_close(turn_hues(grey, 1.0), grey)

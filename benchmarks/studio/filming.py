@@ -35,7 +35,7 @@ class Film:
 
     Attributes:
         frames: uint8 [T, height, width, 3].
-        chunk_starts: first frame of each chunk.
+        chunk_starts: first frame that each chunk adds.
     """
 
     frames: Tensor
@@ -63,9 +63,8 @@ def open_studio(overrides: tuple[str, ...]) -> Studio:
 def film(studio: Studio, scene: Scene, seed: int) -> Film:
     """Sample a scene."""
     made = studio.sampler.sample(studio.denoiser, studio.encoders, scene, seed, no_progress)
-    chunks = [to_pictures(pixels) for pixels in made]
-    starts = np.cumsum([0, *(len(chunk) for chunk in chunks[:-1])]).tolist()
-    return Film(torch.from_numpy(np.concatenate(chunks)), starts)
+    frames = torch.from_numpy(np.concatenate([to_pictures(pixels) for pixels in made]))
+    return Film(frames, [chunk.first_shown for chunk in studio.sampler.plan(len(frames))])
 
 
 def save(path: Path, made: Film, speech: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The video autoencoder of a small base."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from kit.data.clips import RawSample
 from kit.data.encode import to_video
-from kit.draws import seed_of
+from kit.draws import draw_uniform, seed_of
 from kit.errors import InputError
 from kit.models.encoders import prefer_channels_last
 from kit.pretraining.base import EncoderTask, save_part
@@ -37,6 +38,8 @@ class VideoCoding(EncoderTask):
         edges: weight of the error of differences between neighbouring pixels.
         motion: weight of the error of differences between neighbouring frames; it keeps small
             things that move, such as lips, from being averaged over time.
+        recolor: share of clips whose hues are turned by any angle, so that the autoencoder serves
+            characters in colours that the data do not have.
 
     Source: the losses are the usual ones of latent diffusion (Rombach et al. 2021), without the
     perceptual and adversarial terms, which flat drawings do not need.
@@ -52,7 +55,9 @@ class VideoCoding(EncoderTask):
         kl: Annotated[float, Field(ge=0)] = 1e-4,
         edges: Annotated[float, Field(ge=0)] = 1.0,
         motion: Annotated[float, Field(ge=0)] = 2.0,
+        recolor: Annotated[float, Field(ge=0, le=1)] = 0.0,
     ) -> None:
+        self._seed = seed
         self._config: dict[str, Any] = json.loads((Path(config) / "config.json").read_text())
         torch.manual_seed(seed_of(seed, "weights"))
         self._vae: Any = AutoencoderKLWan.from_config(self._config)
@@ -65,6 +70,7 @@ class VideoCoding(EncoderTask):
         self._kl = kl
         self._edges = edges
         self._motion = motion
+        self._recolor = recolor
 
     @property
     def network(self) -> nn.Module:
@@ -98,12 +104,28 @@ class VideoCoding(EncoderTask):
 
     def _pixels(self, batch: list[RawSample]) -> Tensor:
         """Put a batch together, as clips or as pictures. [B, 3, T, height, width]"""
-        clips = [to_video(np.asarray(raw.pixels)) for raw in batch]
+        clips = [self._recolored(raw, raw.pixels) for raw in batch]
         if self._pictures:
-            others = [to_video(np.asarray(raw.reference)[None]) for raw in batch]
+            others = [self._recolored(raw, raw.reference[None]) for raw in batch]
             clips = [*(clip[:, :1] for clip in clips), *others]
         pixels = torch.stack(clips).to(self._vae.device)
         return pixels.contiguous(memory_format=torch.channels_last_3d)
+
+    def _recolored(self, raw: RawSample, pictures: np.ndarray) -> Tensor:
+        path = (self._seed, raw.epoch, raw.index, raw.start, "recolor")
+        pixels = to_video(np.asarray(pictures))
+        if draw_uniform(*path) >= self._recolor:
+            return pixels
+        return turn_hues(pixels, draw_uniform(*path, "angle") * 2 * math.pi)
+
+
+def turn_hues(pixels: Tensor, angle: float) -> Tensor:
+    """Turn all colours about the grey axis of RGB. [3, T, height, width], -1 to 1"""
+    axis = torch.full((3,), 3**-0.5, device=pixels.device)
+    across = torch.linalg.cross(axis.expand(3, 3), torch.eye(3, device=pixels.device))
+    # Rows of `across` are axis x unit vector, so its transpose generates the rotation.
+    turn = torch.matrix_exp(angle * across.T)
+    return torch.einsum("ij,j...->i...", turn, pixels).clamp(-1, 1)
 
 
 def _weights(file: Path) -> dict[str, Tensor]:

@@ -178,12 +178,13 @@ def _write(
             bar.set_description(f"chunk {chunk.index + 1}/{len(chunks)}")
             bar.update()
 
-        made = sampler.sample(denoiser, encoders, scene, recipe["seed"], advance)
-        for chunk, pixels in zip(chunks, made, strict=True):
+        done = 0
+        for pixels in sampler.sample(denoiser, encoders, scene, recipe["seed"], advance):
             pictures = to_pictures(pixels)
             writer.write(pictures)
             if keeps_frames:
-                frames[chunk.first_shown :][: chunk.num_shown] = torch.from_numpy(pictures)
+                frames[done : done + len(pictures)] = torch.from_numpy(pictures)
+            done += len(pictures)
     report(f"{out}: {total / fps:.2f} s of video in {time.perf_counter() - started:.1f} s")
     return frames
 

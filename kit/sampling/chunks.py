@@ -4,7 +4,11 @@ A chunk is one window of the denoiser. Its first frames repeat the end of the ch
 are given clean and not shown again.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 LOOK_AHEAD_FRAMES = 3
 """Speech frames wanted behind the last chunk: two for its last window, one to spare."""
@@ -52,6 +56,40 @@ def plan_chunks(total_frames: int, num_frames: int, context_frames: int) -> list
         chunks.append(Chunk(len(chunks), shown - context, num_frames, context, new))
         shown += new
     return chunks
+
+
+def join_chunks(windows: Iterable[tuple[Chunk, Tensor]], crossfade_frames: int) -> Iterator[Tensor]:
+    """Cut the frames to show out of windows; yields what no later window changes.
+
+    Args:
+        windows: each chunk with its pixels. [3, num_frames, height, width]
+        crossfade_frames: last shared frames, which turn from one window's into the next one's:
+            the same frames decoded twice differ a little, and one behind the other it is seen.
+
+    Yields:
+        Pixels. [3, T, height, width]
+    """
+    waiting: Tensor | None = None
+    for chunk, pixels in windows:
+        num_waiting = 0 if waiting is None else waiting.shape[1]
+        shown = pixels[:, chunk.num_context - num_waiting : chunk.num_context + chunk.num_shown]
+        if waiting is not None:
+            own, new = shown[:, :num_waiting], shown[:, num_waiting:]
+            shown = torch.cat([crossfade(waiting, own), new], dim=1)
+        settled = max(shown.shape[1] - crossfade_frames, 0)
+        # A copy, so that the window itself can go.
+        waiting = shown[:, settled:].clone()
+        if settled:
+            yield shown[:, :settled]
+    if waiting is not None and waiting.shape[1]:
+        yield waiting
+
+
+def crossfade(before: Tensor, after: Tensor) -> Tensor:
+    """Turn from one into the other, frame by frame. [3, T, height, width]"""
+    num_frames = before.shape[1]
+    share = torch.arange(1, num_frames + 1, device=after.device) / (num_frames + 1)
+    return torch.lerp(before.to(after), after, share.to(after)[:, None, None])
 
 
 def speech_frames_needed(chunks: list[Chunk]) -> int:

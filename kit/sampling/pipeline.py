@@ -16,7 +16,7 @@ from kit.draws import draw_normal
 from kit.flow import hold_context
 from kit.models.base import Encoders
 from kit.reference import first_frame_mask, followed_by_grey
-from kit.sampling.chunks import Chunk, plan_chunks, speech_frames_needed
+from kit.sampling.chunks import Chunk, join_chunks, plan_chunks, speech_frames_needed
 from kit.sampling.color import match_color
 from kit.solvers import SOLVERS, sigma_schedule
 from kit.speech import mirror_end, speech_windows
@@ -86,6 +86,8 @@ class TalkSampler:
         audio_scale: guidance towards the speech; 1 is off.
         num_frames: frames in a chunk, 4n + 1.
         context_frames: frames that a chunk takes over from the one before, 4n + 1.
+        crossfade_frames: context frames in which a chunk's own decoding takes over from that of the
+            chunk before, so that no jump of the codec is seen; at most `context_frames`.
         color_correction: how far each chunk's colours are moved to those of the first reference.
         negative_text: what guidance leads away from.
         solver: how to step between noise levels.
@@ -103,6 +105,7 @@ class TalkSampler:
         audio_scale: Annotated[float, Field(ge=0)] = 4.0,
         num_frames: Annotated[int, Field(ge=5)] = 81,
         context_frames: Annotated[int, Field(ge=1)] = 9,
+        crossfade_frames: Annotated[int, Field(ge=0)] = 0,
         color_correction: Annotated[float, Field(ge=0, le=1)] = 1.0,
         negative_text: str = "",
         solver: Literal["euler"] = "euler",
@@ -113,6 +116,7 @@ class TalkSampler:
         self.audio_scale = audio_scale
         self.num_frames = num_frames
         self.context_frames = context_frames
+        self.crossfade_frames = crossfade_frames
         self.color_correction = color_correction
         self.negative_text = negative_text
         self.step = SOLVERS[solver]
@@ -133,6 +137,11 @@ class TalkSampler:
                 f"sampling.context_frames: {self.context_frames} of {self.num_frames} frames leave "
                 "nothing new in a chunk"
             )
+        if self.crossfade_frames > self.context_frames:
+            found.append(
+                f"sampling.crossfade_frames: {self.crossfade_frames} is more than the "
+                f"{self.context_frames} frames that two chunks share"
+            )
         return found
 
     def plan(self, total_frames: int) -> list[Chunk]:
@@ -143,11 +152,19 @@ class TalkSampler:
     def sample(
         self, denoiser: Predict, encoders: Encoders, scene: Scene, seed: int, on_step: OnStep
     ) -> Iterator[Tensor]:
-        """Yield the new frames of each chunk as soon as it is finished.
+        """Yield, after each chunk, the frames that no later chunk changes.
 
         Yields:
-            Pixels, -1 to 1. [T, 3, height, width]; all chunks together are as long as the speech.
+            Pixels, -1 to 1. [T, 3, height, width]; all together are as long as the speech.
         """
+        made = self.windows(denoiser, encoders, scene, seed, on_step)
+        for pixels in join_chunks(made, self.crossfade_frames):
+            yield pixels.transpose(0, 1)
+
+    def windows(
+        self, denoiser: Predict, encoders: Encoders, scene: Scene, seed: int, on_step: OnStep
+    ) -> Iterator[tuple[Chunk, Tensor]]:
+        """Yield each chunk with all its pixels, context included. [3, T, height, width]"""
         encoded = self.encode(encoders, scene)
         color = scene.source.frame(0)
         tail: Tensor | None = None
@@ -167,8 +184,7 @@ class TalkSampler:
             if scene.has_reference:
                 pixels = match_color(pixels, color.to(pixels), self.color_correction)
             tail = pixels[:, -self.context_frames :]  # [3, T, height, width]
-            shown = pixels[:, chunk.num_context : chunk.num_context + chunk.num_shown]
-            yield shown.transpose(0, 1)
+            yield chunk, pixels
 
     def encode(self, encoders: Encoders, scene: Scene) -> EncodedScene:
         """Encode text and speech once; the speech is continued to fill the last chunk."""
