@@ -111,7 +111,7 @@ def frames_by_hand(words: Sequence[str]) -> Tensor:
     scene = one_speaker(recipe["text"], track, source, size, base.geometry)
     denoiser = load_with_adapter(base, recipe["adapter"], CPU)
     made = sampler.sample(denoiser, base.load_encoders(CPU), scene, recipe["seed"], no_progress)
-    return torch.from_numpy(np.concatenate([to_pictures(pixels) for pixels in made]))
+    return torch.from_numpy(np.concatenate([to_pictures(pixels) for pixels, _ in made]))
 
 
 def test_a_report_lies_beside_the_video(known: Known, capsys: pytest.CaptureFixture[str]) -> None:

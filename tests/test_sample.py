@@ -15,6 +15,8 @@ from kit.draws import draw_normal
 from kit.errors import InputError
 from kit.models.wan_base import WanBase
 from kit.run.sample import sample
+from kit.sampling.chunks import Progress
+from kit.sampling.pipeline import TalkSampler
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "tests" / "recipes" / "tiny_talk.yaml"
@@ -141,22 +143,57 @@ def test_silence_of_no_length_is_refused() -> None:
         sample(str(RECIPE), arguments, print_nothing)
 
 
-def test_a_crash_leaves_the_finished_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kit.sampling.pipeline import TalkSampler
-
+def stop_in_chunk_three(patch: pytest.MonkeyPatch, reason: BaseException) -> None:
     whole = TalkSampler.sample
 
-    def breaks_in_chunk_three(self: TalkSampler, *arguments: Any) -> Iterator[torch.Tensor]:
-        for number, chunk in enumerate(whole(self, *arguments)):
+    def breaks(self: TalkSampler, *arguments: Any) -> Iterator[tuple[torch.Tensor, Progress]]:
+        for number, made in enumerate(whole(self, *arguments)):
             if number == 2:
-                raise RuntimeError("the machine caught fire")
-            yield chunk
+                raise reason
+            yield made
 
-    monkeypatch.setattr(TalkSampler, "sample", breaks_in_chunk_three)
-    with pytest.raises(RuntimeError, match="fire"):
-        sample(str(RECIPE), words(), print_nothing)
+    patch.setattr(TalkSampler, "sample", breaks)
+
+
+@pytest.mark.parametrize("crossfade", [0, 3])
+def test_a_stopped_video_goes_on_behind_its_finished_chunks(crossfade: int) -> None:
+    more = {"sampling.crossfade_frames": crossfade}
+    whole = frames(sample(str(RECIPE), words(**more), print_nothing))
+    Path("talk.mp4").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_chunk_three(patch, RuntimeError("the machine caught fire"))
+        with pytest.raises(RuntimeError, match="fire"):
+            sample(str(RECIPE), words(**more), print_nothing)
     assert not Path("talk.mp4").exists()
-    assert len(frames(Path("talk.partial.mkv"))) == 9 + 4
+    names = sorted(path.name for path in Path("talk.partial").iterdir())
+    assert names == ["chunk-00000.mp4", "chunk-00001.mp4", "progress.safetensors"]
+
+    told: list[str] = []
+    out = sample(str(RECIPE), words(**more), told.append)
+    assert "talk.partial: 2 of 4 chunks are there" in told
+    assert np.array_equal(frames(out), whole)
+    assert not Path("talk.partial").exists()
+
+
+def test_ctrl_c_leaves_a_video_of_the_finished_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_in_chunk_three(monkeypatch, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt, match="so_far.mp4 holds the finished chunks"):
+        sample(str(RECIPE), words(), print_nothing)
+    so_far = Path("talk.partial/so_far.mp4")
+    assert len(frames(so_far)) == 9 + 4
+    assert abs(len(load_speech(so_far)) - 13 * 640) <= 1024
+
+
+def test_chunks_of_another_video_are_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_in_chunk_three(patch, RuntimeError("fire"))
+        with pytest.raises(RuntimeError):
+            sample(str(RECIPE), words(), print_nothing)
+    told: list[str] = []
+    other = sample(str(RECIPE), words(seed=8), told.append)
+    assert not any("are there" in line for line in told)
+    again = sample(str(RECIPE), words(seed=8, out="again.mp4"), print_nothing)
+    assert np.array_equal(frames(other), frames(again))
 
 
 @pytest.fixture

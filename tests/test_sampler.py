@@ -39,7 +39,8 @@ def make_scene(num_frames: int, num_speakers: int = 1) -> Scene:
 def sample(
     sampler: TalkSampler, denoiser: nn.Module, encoders: Encoders, scene: Scene, seed: int = 0
 ) -> list[Tensor]:
-    return list(sampler.sample(denoiser, encoders, scene, seed, no_progress))
+    made = sampler.sample(denoiser, encoders, scene, seed, no_progress)
+    return [pixels for pixels, _ in made]
 
 
 @pytest.fixture(scope="module")

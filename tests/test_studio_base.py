@@ -78,7 +78,7 @@ def mouth_opening(denoiser: Denoiser, encoders: Encoders, scene: Scene, region: 
     """Sample two chunks and measure the mouth. [T]"""
     sampler = TalkSampler(steps=8, shift=3.0, text_scale=1.0, audio_scale=1.5, num_frames=33)
     chunks = sampler.sample(denoiser, encoders, scene, 0, no_progress)
-    frames = torch.from_numpy(np.concatenate([to_pictures(pixels) for pixels in chunks]))
+    frames = torch.from_numpy(np.concatenate([to_pictures(pixels) for pixels, _ in chunks]))
     return opening_by_color(frames, region, MOUTH)
 
 

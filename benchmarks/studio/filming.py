@@ -63,7 +63,7 @@ def open_studio(overrides: tuple[str, ...]) -> Studio:
 def film(studio: Studio, scene: Scene, seed: int) -> Film:
     """Sample a scene."""
     made = studio.sampler.sample(studio.denoiser, studio.encoders, scene, seed, no_progress)
-    frames = torch.from_numpy(np.concatenate([to_pictures(pixels) for pixels in made]))
+    frames = torch.from_numpy(np.concatenate([to_pictures(pixels) for pixels, _ in made]))
     return Film(frames, [chunk.first_shown for chunk in studio.sampler.plan(len(frames))])
 
 

@@ -14,3 +14,4 @@ from kit.data.video_reader import load_image as load_image
 from kit.data.video_reader import read_frames as read_frames
 from kit.data.video_writer import VideoWriter as VideoWriter
 from kit.data.video_writer import encode_clip as encode_clip
+from kit.data.video_writer import join_videos as join_videos

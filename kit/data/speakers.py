@@ -1,5 +1,6 @@
 """Who speaks in a clip: their tracks and where they stand."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -95,9 +96,10 @@ def load_masks(
     masks = []
     for number, speaker in enumerate(speakers, start=1):
         if speaker.mask is not None:
-            masks.append(_load_mask(speaker.mask, height, width))
+            masks.append(load_mask(speaker.mask, height, width))
         elif speaker.box is not None:
-            masks.append(_draw_box(source, number, speaker.box, height, width))
+            place = f"{source.beside('.json')}: speaker {number}"
+            masks.append(draw_box(speaker.box, height, width, place))
     return masks
 
 
@@ -145,7 +147,12 @@ def _inside(path: Path, name: str | None) -> Path | None:
     return path.parent / place
 
 
-def _load_mask(path: Path, height: int, width: int) -> NDArray[np.uint8]:
+def load_mask(path: Path, height: int, width: int) -> NDArray[np.uint8]:
+    """Load a mask of that size: 255 where it is bright, else 0. [height, width]
+
+    Raises:
+        InputError: it cannot be read, or has another size.
+    """
     with open_image(path) as image:
         grey = np.asarray(image.convert("L"))
     if grey.shape != (height, width):
@@ -155,12 +162,23 @@ def _load_mask(path: Path, height: int, width: int) -> NDArray[np.uint8]:
     return np.where(grey > 127, 255, 0).astype(np.uint8)
 
 
-def _draw_box(source: Source, number: int, box: Box, height: int, width: int) -> NDArray[np.uint8]:
+def draw_box(box: Sequence[int], height: int, width: int, place: str) -> NDArray[np.uint8]:
+    """Draw a mask: 255 inside of x_min, y_min, x_max, y_max, else 0. [height, width]
+
+    Args:
+        box: in pixels of the picture.
+        height: of the picture.
+        width: of the picture.
+        place: what to name in the message.
+
+    Raises:
+        InputError: the box is not inside the picture.
+    """
     x_min, y_min, x_max, y_max = box
     if not (0 <= x_min < x_max <= width and 0 <= y_min < y_max <= height):
         raise InputError(
-            f"{source.beside('.json')}: the box {list(box)} of speaker {number} is not "
-            f"[x_min, y_min, x_max, y_max] inside the picture of {width}x{height} pixels"
+            f"{place}: the box {list(box)} is not [x_min, y_min, x_max, y_max] inside the picture "
+            f"of {width}x{height} pixels"
         )
     mask = np.zeros((height, width), np.uint8)
     mask[y_min:y_max, x_min:x_max] = 255

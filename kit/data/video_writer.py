@@ -1,18 +1,19 @@
 """Writing video: results with sound that survive a crash, and clips for shards."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import av
 import numpy as np
 import torch
 from av.audio.stream import AudioStream
 from av.container import OutputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
@@ -50,7 +51,6 @@ class VideoWriter:
         self._size = (height, width)
         self._speech = speech
         self._num_frames = 0
-        self._num_samples = 0
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,10 +60,7 @@ class VideoWriter:
         # Without B-frames packets come in the order of their times, which copying relies on.
         settings = {"crf": "16", "preset": "medium", "bf": "0"}
         self._video = _add_video(self._container, self._rate, self._size, "yuv420p", settings)
-        self._sound: AudioStream | None = None
-        if self._speech is not None:
-            self._sound = self._container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
-            self._sound.bit_rate = _AUDIO_BITS_PER_SECOND
+        self._sound = _Sound(self._container, self._speech, self._rate)
         return self
 
     def write(self, frames: NDArray[np.uint8]) -> None:
@@ -72,7 +69,7 @@ class VideoWriter:
             frame = _frame(picture, self._num_frames, self._rate, "yuv420p")
             self._container.mux(self._video.encode(frame))
             self._num_frames += 1
-            self._write_sound(whole_frames_only=True)
+            self._sound.reach(self._num_frames)
 
     def __exit__(
         self,
@@ -92,22 +89,69 @@ class VideoWriter:
     def _finish(self) -> None:
         try:
             self._container.mux(self._video.encode(None))
-            if self._sound is not None:
-                self._write_sound(whole_frames_only=False)
-                self._container.mux(self._sound.encode(None))
+            self._sound.finish(self._num_frames)
         finally:
             self._container.close()
 
-    def _write_sound(self, *, whole_frames_only: bool) -> None:
-        if self._sound is None or self._speech is None:
+
+def join_videos(parts: Sequence[Path], path: Path, *, fps: float, speech: Tensor | None) -> None:
+    """Put videos that `VideoWriter` wrote behind each other, without coding them again.
+
+    Args:
+        parts: silent mp4 files of one size, at least one.
+        path: mp4 to write; it appears when it is complete.
+        fps: frames per second of all of them.
+        speech: at 16 kHz; cut or filled with silence to the video's length. [samples]
+    """
+    rate, num_frames = exact_rate(fps), 0
+    unfinished = path.with_suffix(".partial.mkv")
+    with av.open(str(parts[0])) as first, av.open(str(unfinished), "w", format="matroska") as new:
+        video = new.add_stream_from_template(first.streams.video[0])
+        sound = _Sound(new, speech, rate)
+        for part in parts:
+            with av.open(str(part)) as old:
+                for packet in old.demux(video=0):
+                    if packet.size:
+                        _place(packet, num_frames, rate)
+                        packet.stream = video
+                        new.mux(packet)
+                        num_frames += 1
+                        sound.reach(num_frames)
+        sound.finish(num_frames)
+    _remux(unfinished, path, rate, num_frames)
+    unfinished.unlink()
+
+
+class _Sound:
+    """The sound of a video, written as its frames come; without speech there is none."""
+
+    def __init__(self, container: OutputContainer, speech: Tensor | None, rate: Fraction) -> None:
+        self._container = container
+        self._speech = speech
+        self._rate = rate
+        self._num_samples = 0
+        self._stream: AudioStream | None = None
+        if speech is not None:
+            self._stream = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+            self._stream.bit_rate = _AUDIO_BITS_PER_SECOND
+
+    def reach(self, num_frames: int, *, smallest: int = _AUDIO_FRAME) -> None:
+        """Write what sounds until the end of the last of so many frames."""
+        if self._stream is None or self._speech is None:
             return
-        due = round(self._num_frames / self._rate * SAMPLE_RATE)
-        smallest = _AUDIO_FRAME if whole_frames_only else 1
+        due = round(num_frames / self._rate * SAMPLE_RATE)
         while due - self._num_samples >= smallest:
             count = min(_AUDIO_FRAME, due - self._num_samples)
             piece = self._speech[self._num_samples : self._num_samples + count]
-            self._container.mux(self._sound.encode(_sound_frame(piece, count, self._num_samples)))
+            frame = _sound_frame(piece, count, self._num_samples)
+            self._container.mux(self._stream.encode(frame))
             self._num_samples += count
+
+    def finish(self, num_frames: int) -> None:
+        """Write the rest."""
+        self.reach(num_frames, smallest=1)
+        if self._stream is not None:
+            self._container.mux(self._stream.encode(None))
 
 
 def encode_clip(frames: Iterable[NDArray[np.uint8]], fps: float) -> bytes:
@@ -175,6 +219,12 @@ def _sound_frame(piece: Tensor, num_samples: int, start: int) -> av.AudioFrame:
     return frame
 
 
+def _place(packet: "Packet[Any]", number: int, rate: Fraction) -> None:
+    """Let a packet hold the frame of this number."""
+    packet.pts = packet.dts = number
+    packet.duration, packet.time_base = 1, 1 / rate
+
+
 def _remux(source: Path, target: Path, rate: Fraction, num_frames: int) -> None:
     """Copy packets into an mp4 that can be played while it loads, then put it in its place."""
     unfinished = target.with_suffix(".partial.mp4")
@@ -190,8 +240,7 @@ def _remux(source: Path, target: Path, rate: Fraction, num_frames: int) -> None:
                 continue
             if packet.stream.type == "video":
                 # Matroska rounded the times to milliseconds.
-                packet.pts = packet.dts = number
-                packet.duration, packet.time_base = 1, 1 / rate
+                _place(packet, number, rate)
                 number += 1
             elif packet.pts is not None and packet.time_base and packet.duration:
                 # The sound's last packet is filled up to 1024 samples; it ends with the video.

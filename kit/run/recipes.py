@@ -15,6 +15,7 @@ from kit.models import BASES
 from kit.objectives import OBJECTIVES
 from kit.pretraining import TASKS
 from kit.recipe import ExistingFile, Recipe, Schema, Section, find_recipe, read
+from kit.run.request import SpeakerEntry, Turns
 from kit.sampling import SAMPLERS
 from kit.training import DROPOUTS, OPTIMIZERS, PREVIEWS, TRAINERS
 
@@ -49,8 +50,11 @@ SAMPLE = Schema(
     title="sample",
     fields={
         **_COMMON,
-        "text": (str, ...),
-        "audio": (ExistingFile, ...),
+        "text": (str | None, None),
+        "audio": (ExistingFile | None, None),
+        "speakers": (Annotated[Sequence[SpeakerEntry], Field(min_length=1)] | None, None),
+        "turns": (Turns, "together"),
+        "job": (ExistingFile | None, None),
         "image": (ExistingFile | None, None),
         "video": (ExistingFile | None, None),
         "size": (str | None, None),

@@ -2,11 +2,12 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,25 +15,19 @@ from tqdm import tqdm
 from kit.adapters.files import load_adapter
 from kit.adapters.lora import apply_adapter, require_fit
 from kit.batch import SAMPLE_RATE
-from kit.data.media import VideoWriter, probe
+from kit.data.media import probe
 from kit.devices import choose_device
 from kit.errors import InputError
 from kit.metrics.video_report import Measure, VideoReport
-from kit.models.base import Base, Denoiser
+from kit.models.base import Base, Denoiser, Geometry
 from kit.recipe import Recipe
 from kit.run.recipes import SAMPLE, read_as
-from kit.run.scenes import (
-    Size,
-    build_measure,
-    load_portrait,
-    load_track,
-    no_reference,
-    one_speaker,
-    open_video,
-)
+from kit.run.request import Request, load_tracks, place_speakers, read_request
+from kit.run.scenes import Size, build_measure, load_portrait, no_reference, open_video
+from kit.run.unfinished import UnfinishedVideo, identify
 from kit.sampling.chunks import Chunk
 from kit.sampling.frames import to_pictures
-from kit.sampling.pipeline import Source, TalkSampler
+from kit.sampling.pipeline import Scene, Source, TalkSampler
 
 
 def sample(
@@ -42,14 +37,15 @@ def sample(
     *,
     is_measured: bool = False,
 ) -> Path:
-    """Make a video; finished frames go to the file as they are made.
+    """Make a video, or go on with one that was stopped: finished chunks lie beside it.
 
     Args:
         recipe: path of a sample recipe.
         overrides: `key=value` words.
         report: told what happens, in words.
         is_measured: also measure the video and write `<out without .mp4>.report.json`; its frames
-            are then held in memory, one byte for each colour of a pixel.
+            are then held in memory, one byte for each colour of a pixel. Frames of an earlier
+            run that was stopped are measured as their file holds them.
 
     Returns:
         The video.
@@ -57,17 +53,13 @@ def sample(
     Raises:
         InputError: something in the recipe or its files is wrong, or the finished video cannot be
             measured as the recipe asks.
-        KeyboardInterrupt: names the file that holds the finished chunks.
+        KeyboardInterrupt: says where the finished chunks are and how to go on.
     """
     checked = read_as(recipe, overrides, SAMPLE)
     base, sampler = build_sample(checked)
     out = Path(checked["out"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        frames = _write(checked, base, sampler, out, report, keeps_frames=is_measured)
-    except KeyboardInterrupt:
-        unfinished = out.with_suffix(".partial.mkv")
-        raise KeyboardInterrupt(f"stopped; {unfinished} holds the finished chunks") from None
+    frames = _make(checked, base, sampler, out, report, keeps_frames=is_measured)
     if is_measured:
         numbers = _measure(checked, base, sampler, frames)
         path = out.with_suffix(".report.json")
@@ -87,7 +79,7 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
     base: Base = recipe.build("base")
     sampler: TalkSampler = recipe.build("sampling")
     problems = [*base.problems(), *sampler.problems(base.geometry.frame_stride)]
-    problems += _input_problems(recipe, base.geometry.fps) + _output_problems(recipe)
+    problems += _input_problems(recipe, base.geometry) + _output_problems(recipe)
     if problems:
         raise InputError("\n".join(problems))
     if recipe["adapter"] is not None:
@@ -96,14 +88,18 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
     return base, sampler
 
 
-def _input_problems(recipe: Recipe, fps: int) -> list[str]:
-    pictures = [name for name in ("image", "video", "size") if recipe[name] is not None]
-    if len(pictures) != 1:
-        return ["image, video, size: give one of them, and only one"]
-    problems = _problems_of(f"{pictures[0]}: ", partial(_load_source, recipe, fps))
-    if not problems and "measure" in recipe:
-        problems = _problems_of("", partial(_build_measure, recipe, fps))
-    return problems + _problems_of("audio: ", partial(load_track, Path(recipe["audio"]), fps))
+def _input_problems(recipe: Recipe, base: Geometry) -> list[str]:
+    try:
+        request = read_request(recipe)
+    except InputError as error:
+        return [str(error)]
+    place = "image: " if request.image else "video: " if request.video else "size: "
+    pictures = _problems_of(place, partial(_load_source, request, recipe["buckets"], base.fps))
+    if not pictures:
+        pictures = _problems_of("", partial(_place, request, recipe["buckets"], base))
+    if not pictures and "measure" in recipe:
+        pictures = _problems_of("", partial(_build_measure, recipe, request, base.fps))
+    return pictures + _problems_of("audio: ", partial(load_tracks, request, base.fps))
 
 
 def _problems_of(place: str, load: Callable[[], object]) -> list[str]:
@@ -118,8 +114,7 @@ def _output_problems(recipe: Recipe) -> list[str]:
     out = Path(recipe["out"])
     if out.suffix.lower() != ".mp4":
         return [f"out: {out} does not end in .mp4"]
-    given = [recipe[name] for name in ("image", "video", "audio", "adapter")]
-    if any(name is not None and Path(name).resolve() == out.resolve() for name in given):
+    if any(file.resolve() == out.resolve() for file in _inputs(recipe)):
         return [f"out: {out} is one of the inputs"]
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -127,20 +122,36 @@ def _output_problems(recipe: Recipe) -> list[str]:
     return []
 
 
-def _load_source(recipe: Recipe, fps: int) -> tuple[Source, Size]:
-    if recipe["image"] is not None:
-        return load_portrait(Path(recipe["image"]), recipe["buckets"])
-    if recipe["video"] is not None:
-        return open_video(Path(recipe["video"]), recipe["buckets"], fps)
-    return no_reference(recipe["size"])
+def _inputs(recipe: Recipe) -> list[Path]:
+    """List the files that decide what the video shows."""
+    named = [Path(recipe[key]) for key in ("adapter", "job") if recipe[key] is not None]
+    with suppress(InputError):
+        named += read_request(recipe).files()
+    return named
 
 
-def _build_measure(recipe: Recipe, fps: int) -> Measure:
-    source, size = _load_source(recipe, fps)
-    return build_measure(recipe, size, source if recipe["size"] is None else None)
+def _load_source(
+    request: Request, buckets: int | str | Sequence[str], fps: int
+) -> tuple[Source, Size]:
+    if request.image is not None:
+        return load_portrait(request.image, buckets)
+    if request.video is not None:
+        return open_video(request.video, buckets, fps)
+    assert request.size is not None
+    return no_reference(request.size)
 
 
-def _write(
+def _place(request: Request, buckets: int | str | Sequence[str], base: Geometry) -> Tensor:
+    _, size = _load_source(request, buckets, base.fps)
+    return place_speakers(request, size, base.pixel_stride)
+
+
+def _build_measure(recipe: Recipe, request: Request, fps: int) -> Measure:
+    source, size = _load_source(request, recipe["buckets"], fps)
+    return build_measure(recipe, size, source if request.size is None else None)
+
+
+def _make(
     recipe: Recipe,
     base: Base,
     sampler: TalkSampler,
@@ -151,51 +162,73 @@ def _write(
 ) -> Tensor:
     """Make the video; gives its pixels, or none of them. [T, height, width, 3]"""
     fps, started = base.geometry.fps, time.perf_counter()
-    track = load_track(Path(recipe["audio"]), fps)
-    source, size = _load_source(recipe, fps)
-    scene = one_speaker(recipe["text"], track, source, size, base.geometry)
-    scene = replace(scene, has_reference=recipe["size"] is None)
+    request = read_request(recipe)
+    tracks = load_tracks(request, fps)
+    source, size = _load_source(request, recipe["buckets"], fps)
+    places = place_speakers(request, size, base.geometry.pixel_stride)
+    scene = Scene(request.text, tracks, source, places, has_reference=request.size is None)
     device = choose_device(recipe["device"])
-    denoiser = load_with_adapter(base, recipe["adapter"], device)
-    encoders = base.load_encoders(device)
 
-    total = len(track) * fps // SAMPLE_RATE
+    total = tracks.shape[1] * fps // SAMPLE_RATE
     chunks = sampler.plan(total)
-    if (
-        recipe["video"] is not None
-        and (seconds := probe(Path(recipe["video"])).seconds) < total / fps
-    ):
-        report(f"{recipe['video']} ends after {seconds:.2f} s; its last picture is used from there")
+    if request.video is not None and (seconds := probe(request.video).seconds) < total / fps:
+        report(f"{request.video} ends after {seconds:.2f} s; its last picture is used from there")
     report(f"{out}: {total} frames of {size[1]}x{size[0]} in {len(chunks)} chunks")
+    video = UnfinishedVideo(out, identify(recipe, _inputs(recipe)), fps, size)
+    if video.progress is not None:
+        report(f"{video.folder}: {video.progress.next_chunk} of {len(chunks)} chunks are there")
     # One place for all from the start: chunks in a list would be held twice when joined.
     frames = torch.empty(total if keeps_frames else 0, *size, 3, dtype=torch.uint8)
-    with (
-        tqdm(total=len(chunks) * (len(sampler.sigmas) - 1), unit="step") as bar,
-        VideoWriter(out, fps=fps, height=size[0], width=size[1], speech=track) as writer,
-    ):
+    done = _copy(video.frames(), frames, 0) if keeps_frames else 0
+    steps = len(sampler.sigmas) - 1
+    with _kept(video, tracks.sum(0)), tqdm(total=len(chunks) * steps, unit="step") as bar:
+        bar.update(steps * video.progress.next_chunk if video.progress else 0)
 
         def advance(chunk: Chunk, step: int) -> None:
             bar.set_description(f"chunk {chunk.index + 1}/{len(chunks)}")
             bar.update()
 
-        done = 0
-        for pixels in sampler.sample(denoiser, encoders, scene, recipe["seed"], advance):
+        denoiser = load_with_adapter(base, recipe["adapter"], device)
+        encoders = base.load_encoders(device)
+        seed = recipe["seed"]
+        made = sampler.sample(denoiser, encoders, scene, seed, advance, video.progress)
+        for pixels, progress in made:
             pictures = to_pictures(pixels)
-            writer.write(pictures)
+            video.add(pictures, progress)
             if keeps_frames:
-                frames[done : done + len(pictures)] = torch.from_numpy(pictures)
-            done += len(pictures)
+                done += _copy(pictures, frames, done)
+    video.join(tracks.sum(0))
+    video.remove()
     report(f"{out}: {total / fps:.2f} s of video in {time.perf_counter() - started:.1f} s")
     return frames
 
 
+@contextmanager
+def _kept(video: UnfinishedVideo, speech: Tensor) -> Iterator[None]:
+    """Say where the finished chunks are if the work is stopped from the keyboard."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if video.progress is None:
+            raise
+        so_far = video.folder / "so_far.mp4"
+        video.join(speech, so_far)
+        raise KeyboardInterrupt(
+            f"stopped; {so_far} holds the finished chunks, and the same command goes on"
+        ) from None
+
+
+def _copy(pictures: np.ndarray, frames: Tensor, start: int) -> int:
+    frames[start : start + len(pictures)] = torch.from_numpy(pictures)
+    return len(pictures)
+
+
 def _measure(recipe: Recipe, base: Base, sampler: TalkSampler, frames: Tensor) -> VideoReport:
-    fps = base.geometry.fps
-    measure = _build_measure(recipe, fps)
-    track = load_track(Path(recipe["audio"]), fps)
+    request, fps = read_request(recipe), base.geometry.fps
+    measure = _build_measure(recipe, request, fps)
     starts = [chunk.first_shown for chunk in sampler.plan(len(frames))]
     try:
-        return measure.report(frames, track[None], fps, starts)
+        return measure.report(frames, load_tracks(request, fps), fps, starts)
     except InputError as error:
         raise InputError(f"{recipe['out']} is finished, but not measured: {error}") from error
 

@@ -4,7 +4,6 @@ A chunk is one window of the denoiser. Its first frames repeat the end of the ch
 are given clean and not shown again.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -58,31 +57,43 @@ def plan_chunks(total_frames: int, num_frames: int, context_frames: int) -> list
     return chunks
 
 
-def join_chunks(windows: Iterable[tuple[Chunk, Tensor]], crossfade_frames: int) -> Iterator[Tensor]:
-    """Cut the frames to show out of windows; yields what no later window changes.
+@dataclass(frozen=True)
+class Progress:
+    """How far a video is, and what the next chunk needs of those before it.
+
+    Attributes:
+        next_chunk: number of the chunk to make next.
+        tail: the last frames, which become its context. [3, context_frames, height, width]
+        waiting: frames of which the next chunk shows its own decoding too. [3, T, height, width]
+    """
+
+    next_chunk: int
+    tail: Tensor
+    waiting: Tensor
+
+
+def show(
+    chunk: Chunk, pixels: Tensor, waiting: Tensor | None, crossfade_frames: int
+) -> tuple[Tensor, Tensor]:
+    """Cut the frames to show out of a chunk's window.
 
     Args:
-        windows: each chunk with its pixels. [3, num_frames, height, width]
+        chunk: which one.
+        pixels: its window. [3, num_frames, height, width]
+        waiting: what the chunk before left; None in the first.
         crossfade_frames: last shared frames, which turn from one window's into the next one's:
             the same frames decoded twice differ a little, and one behind the other it is seen.
 
-    Yields:
-        Pixels. [3, T, height, width]
+    Returns:
+        Frames that no later chunk changes, and those that wait for it. [3, T, height, width] each
     """
-    waiting: Tensor | None = None
-    for chunk, pixels in windows:
-        num_waiting = 0 if waiting is None else waiting.shape[1]
-        shown = pixels[:, chunk.num_context - num_waiting : chunk.num_context + chunk.num_shown]
-        if waiting is not None:
-            own, new = shown[:, :num_waiting], shown[:, num_waiting:]
-            shown = torch.cat([crossfade(waiting, own), new], dim=1)
-        settled = max(shown.shape[1] - crossfade_frames, 0)
-        # A copy, so that the window itself can go.
-        waiting = shown[:, settled:].clone()
-        if settled:
-            yield shown[:, :settled]
-    if waiting is not None and waiting.shape[1]:
-        yield waiting
+    num_waiting = 0 if waiting is None else waiting.shape[1]
+    shown = pixels[:, chunk.num_context - num_waiting : chunk.num_context + chunk.num_shown]
+    if waiting is not None:
+        own, new = shown[:, :num_waiting], shown[:, num_waiting:]
+        shown = torch.cat([crossfade(waiting, own), new], dim=1)
+    settled = max(shown.shape[1] - crossfade_frames, 0)
+    return shown[:, :settled], shown[:, settled:]
 
 
 def crossfade(before: Tensor, after: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from kit.draws import draw_normal
 from kit.flow import hold_context
 from kit.models.base import Encoders
 from kit.reference import first_frame_mask, followed_by_grey
-from kit.sampling.chunks import Chunk, join_chunks, plan_chunks, speech_frames_needed
+from kit.sampling.chunks import Chunk, Progress, plan_chunks, show, speech_frames_needed
 from kit.sampling.color import match_color
 from kit.solvers import SOLVERS, sigma_schedule
 from kit.speech import mirror_end, speech_windows
@@ -36,6 +36,26 @@ class Source(Protocol):
 
         Asked with rising numbers; behind its end a source repeats its last picture.
         """
+
+
+def follow_source(source: Source, chunk: Chunk, tail: Tensor | None) -> Tensor:
+    """Take the source's frame at the chunk's start. [3, height, width]
+
+    Source: InfiniteTalk, sparse-frame dubbing.
+    """
+    return source.frame(chunk.start)
+
+
+def follow_last_frame(source: Source, chunk: Chunk, tail: Tensor | None) -> Tensor:
+    """Take the last frame that was made, as image-to-video chained after itself. [3, height, width]
+
+    Source: the I2V baseline of InfiniteTalk's paper; colours and faces drift by design.
+    """
+    return source.frame(chunk.start) if tail is None else tail[:, -1]
+
+
+CONTINUITIES = {"source": follow_source, "last_frame": follow_last_frame}
+"""What a later chunk's reference is."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,8 @@ class TalkSampler:
             chunk before, so that no jump of the codec is seen; at most `context_frames`.
         color_correction: how far each chunk's colours are moved to those of the first reference.
         negative_text: what guidance leads away from.
+        continuity: what the reference of a later chunk is: the source's frame of that time, or the
+            last frame made, which chains image-to-video after itself.
         solver: how to step between noise levels.
         together: all guidance branches in one forward pass; False takes a third of the memory.
 
@@ -108,6 +130,7 @@ class TalkSampler:
         crossfade_frames: Annotated[int, Field(ge=0)] = 0,
         color_correction: Annotated[float, Field(ge=0, le=1)] = 1.0,
         negative_text: str = "",
+        continuity: Literal["source", "last_frame"] = "source",
         solver: Literal["euler"] = "euler",
         together: bool = True,
     ) -> None:
@@ -119,6 +142,7 @@ class TalkSampler:
         self.crossfade_frames = crossfade_frames
         self.color_correction = color_correction
         self.negative_text = negative_text
+        self.continuity = continuity
         self.step = SOLVERS[solver]
         self.together = together
 
@@ -150,26 +174,35 @@ class TalkSampler:
 
     @torch.no_grad()
     def sample(
-        self, denoiser: Predict, encoders: Encoders, scene: Scene, seed: int, on_step: OnStep
-    ) -> Iterator[Tensor]:
+        self,
+        denoiser: Predict,
+        encoders: Encoders,
+        scene: Scene,
+        seed: int,
+        on_step: OnStep,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[Tensor, Progress]]:
         """Yield, after each chunk, the frames that no later chunk changes.
 
-        Yields:
-            Pixels, -1 to 1. [T, 3, height, width]; all together are as long as the speech.
-        """
-        made = self.windows(denoiser, encoders, scene, seed, on_step)
-        for pixels in join_chunks(made, self.crossfade_frames):
-            yield pixels.transpose(0, 1)
+        Args:
+            denoiser: predicts velocity.
+            encoders: of the same base.
+            scene: what to make a video of.
+            seed: of the noise.
+            on_step: told after each denoising step.
+            progress: what an earlier call yielded last; its frames are not made again.
 
-    def windows(
-        self, denoiser: Predict, encoders: Encoders, scene: Scene, seed: int, on_step: OnStep
-    ) -> Iterator[tuple[Chunk, Tensor]]:
-        """Yield each chunk with all its pixels, context included. [3, T, height, width]"""
+        Yields:
+            Pixels, -1 to 1, [T, 3, height, width], all of them together as long as the speech; and
+            how far the video is.
+        """
         encoded = self.encode(encoders, scene)
-        color = scene.source.frame(0)
-        tail: Tensor | None = None
-        for chunk in self.plan(encoded.num_frames):
-            frame = scene.source.frame(chunk.start)
+        chunks, color = self.plan(encoded.num_frames), scene.source.frame(0)
+        tail = waiting = None
+        if progress is not None:
+            chunks, tail, waiting = chunks[progress.next_chunk :], progress.tail, progress.waiting
+        for chunk in chunks:
+            frame = CONTINUITIES[self.continuity](scene.source, chunk, tail)
             conditions = chunk_conditions(encoders, encoded, chunk, frame)
             noise = _noise(conditions.reference, seed, chunk)
             context = noise[:, :, :0]
@@ -183,8 +216,11 @@ class TalkSampler:
             pixels = encoders.decode_video(latents)[0]
             if scene.has_reference:
                 pixels = match_color(pixels, color.to(pixels), self.color_correction)
-            tail = pixels[:, -self.context_frames :]  # [3, T, height, width]
-            yield chunk, pixels
+            fades = 0 if chunk is chunks[-1] else self.crossfade_frames
+            shown, waiting = show(chunk, pixels, waiting, fades)
+            # Copies, so that the window itself can go.
+            tail, waiting = pixels[:, -self.context_frames :].clone(), waiting.clone()
+            yield shown.transpose(0, 1), Progress(chunk.index + 1, tail, waiting)
 
     def encode(self, encoders: Encoders, scene: Scene) -> EncodedScene:
         """Encode text and speech once; the speech is continued to fill the last chunk."""

@@ -129,7 +129,7 @@ class Previews(Callback):
         scene, encoders = self.load_scene(), self.load_encoders()
         chunks = [
             to_pictures(pixels)
-            for pixels in self.sampler.sample(
+            for pixels, _ in self.sampler.sample(
                 denoiser, encoders, scene, self.settings.seed, no_progress
             )
         ]
