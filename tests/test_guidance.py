@@ -1,11 +1,22 @@
 """Guidance: which branches are needed, what they see, and how they are combined."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kit.batch import Conditions
 from kit.draws import draw_normal
-from kit.guidance import branches, combine, drop_audio, drop_text, pad_text
+from kit.guidance import (
+    Projection,
+    branches,
+    combine,
+    combine_projected,
+    drop_audio,
+    drop_text,
+    pad_text,
+)
 from kit.reference import first_frame_mask
 
 NULL_TEXT = draw_normal((1, 4, 8), "null")
@@ -82,3 +93,51 @@ def test_combining_at_scale_one_changes_nothing() -> None:
     three = {"full": full, "no_text": no_text, "none": none}
     torch.testing.assert_close(combine(three, 1.0, 1.0), full)
     torch.testing.assert_close(combine({"full": full, "no_audio": none}, 1.0, 1.0), full)
+
+
+VELOCITY = draw_normal((1, 4, 2, 4, 4), "velocity")
+DIFFERENCE = draw_normal((1, 4, 2, 4, 4), "difference")
+
+
+def test_projected_differences_lead_aside_and_are_limited() -> None:
+    projected = Projection()("text", 1000 * DIFFERENCE, VELOCITY)
+    assert abs((projected * VELOCITY).sum()) < 1e-2
+    assert 50 < projected.norm() <= 55
+    small = 0.01 * DIFFERENCE
+    parallel = (small * VELOCITY).sum() / VELOCITY.square().sum() * VELOCITY
+    torch.testing.assert_close(Projection()("text", small, VELOCITY), small - parallel)
+
+
+def test_projection_remembers_each_kind_by_itself() -> None:
+    project, fresh = Projection(momentum=-0.5), Projection()
+    first = project("text", 0.01 * DIFFERENCE, VELOCITY)
+    torch.testing.assert_close(project("text", 0.01 * DIFFERENCE, VELOCITY), first / 2)
+    assert torch.equal(
+        project("audio", 0.01 * DIFFERENCE, VELOCITY), fresh("audio", 0.01 * DIFFERENCE, VELOCITY)
+    )
+
+
+@pytest.mark.parametrize(("text_scale", "audio_scale"), [(1.0, 4.0), (5.0, 1.0), (5.0, 4.0)])
+def test_projected_guidance_needs_the_branches_of_plain_guidance(
+    text_scale: float, audio_scale: float
+) -> None:
+    names = branches(CONDITIONS, NULL_TEXT, text_scale, audio_scale)
+    same = dict.fromkeys(names, VELOCITY)
+    combined = combine_projected(same, text_scale, audio_scale, Projection())
+    torch.testing.assert_close(combined, VELOCITY)
+    given = {name: draw_normal((1, 4, 2, 4, 4), name) for name in names}
+    off = combine_projected(given, 1.0, 1.0, Projection())
+    torch.testing.assert_close(off, given["full"])
+    on = combine_projected(given, text_scale, audio_scale, Projection())
+    assert not torch.allclose(on, given["full"], atol=0.1)
+
+
+def test_projection_is_that_of_the_reference() -> None:
+    path = Path(__file__).parents[2] / "shared/fixtures/infinitetalk/utils.safetensors"
+    if not path.exists():
+        pytest.skip("the reference outputs are not beside the checkout")
+    tensors, project = load_file(path), Projection()
+    for step in range(3):
+        difference, full = tensors[f"inputs/apg.diff{step}"], tensors[f"inputs/apg.cond{step}"]
+        expected = tensors[f"outputs/apg.out{step}"]
+        torch.testing.assert_close(project("text", difference, full), expected)
