@@ -142,7 +142,8 @@ class Projection:
         limited = running * (self.threshold / running.norm()).clamp(max=1)
         direction = full.double() / full.double().norm()
         along = (limited.double() * direction).sum() * direction
-        return (limited.double() - along).to(full.dtype)
+        aside: Tensor = limited.double() - along
+        return aside.to(full.dtype)
 
 
 def _is_off(scale: float) -> bool:

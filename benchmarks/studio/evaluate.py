@@ -69,6 +69,7 @@ def measure_talk(job: Job, studio: Studio) -> Numbers:
         "long_sync_r": whole["sync_r"],
         "last_chunks_sync_r": _speech_from(made, take, facts, made.chunk_starts[-SHORT_CHUNKS]),
         "seam_ratio": seam_ratio(made.frames, made.chunk_starts[1:]) or float("nan"),
+        "crossfade_ratio": seam_ratio(made.frames, _faded(made, studio)) or float("nan"),
         "color_drift": drift[-1].item(),
         "largest_color_drift": drift.max().item(),
         "motion_energy": motion_energy(made.frames),
@@ -162,6 +163,12 @@ def summary(found: dict[str, list[float]]) -> dict[str, float | int]:
         report[name] = round(statistics.mean(given), 4)
         report[f"{name}_std"] = round(statistics.pstdev(given), 4)
     return report
+
+
+def _faded(made: Film, studio: Studio) -> list[int]:
+    """List the frames in which one chunk's decoding turns into the next one's, seams included."""
+    fades = studio.sampler.crossfade_frames
+    return [frame for seam in made.chunk_starts[1:] for frame in range(seam - fades, seam + 1)]
 
 
 def _take(speaking: Sequence[Speaking], index: int, num_frames: int) -> Take:
