@@ -46,7 +46,7 @@ def test_check_lists_what_the_large_recipe_lacks() -> None:
 
 
 def test_recipes_of_both_commands_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="audio: missing"):
+    with pytest.raises(InputError, match="audio, speakers: give one of them"):
         check([str(ROOT / "recipes/talk.yaml")], [], print)
     child = tmp_path / "child.yaml"
     child.write_text(f"extends: {ROOT / 'recipes/quickstart.yaml'}\nname: child\n")
