@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kit.reference import first_frame_mask
+from kit.reference import reference_mask
 
 SAMPLE_RATE = 16_000
 """Samples per second of all speech."""
@@ -72,6 +72,7 @@ class Sample:
         audio: speech features around each frame of the window. [S, T, 5, M, D]
         speaker_masks: where each speaker stands, 0 or 1. [S, H, W]
         num_context: leading latent frames that are given clean and kept out of the loss.
+        shows_last: whether `reference` holds the window's last frame too.
     """
 
     key: str
@@ -85,6 +86,7 @@ class Sample:
     audio: Tensor
     speaker_masks: Tensor
     num_context: int
+    shows_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         text=pad_sequence([sample.text for sample in samples], batch_first=True),
         image=torch.stack([sample.image for sample in samples]),
         reference=torch.stack([sample.reference for sample in samples]),
-        reference_mask=first_frame_mask(len(samples), latents.shape[2]),
+        reference_mask=torch.cat(
+            [reference_mask(sample.shows_last, latents.shape[2]) for sample in samples]
+        ),
         audio=pad_sequence([sample.audio for sample in samples], batch_first=True),
         num_speakers=torch.tensor(num_speakers),
         speaker_masks=pad_sequence([s.speaker_masks for s in samples], batch_first=True),

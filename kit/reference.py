@@ -1,4 +1,4 @@
-"""How a reference frame is shown to the denoiser: one kept frame, grey ones behind it."""
+"""How reference frames are shown to the denoiser: a kept frame or two, grey ones for the rest."""
 
 import torch
 from torch import Tensor
@@ -13,6 +13,14 @@ def followed_by_grey(frame: Tensor, num_frames: int) -> Tensor:
     return torch.cat([frame[:, None], grey], dim=1)
 
 
+def between_grey(first: Tensor, last: Tensor, num_frames: int) -> Tensor:
+    """Put mid-grey frames between two frames. [3, height, width] -> [3, T, height, width].
+
+    Source: Wan's first-and-last-frame model.
+    """
+    return torch.cat([followed_by_grey(first, num_frames - 1), last[:, None]], dim=1)
+
+
 def first_frame_mask(batch: int, num_latent_frames: int) -> Tensor:
     """Mark the first latent frame as kept, in the channels of all its video frames. [B, 4, F].
 
@@ -20,4 +28,15 @@ def first_frame_mask(batch: int, num_latent_frames: int) -> Tensor:
     """
     mask = torch.zeros(batch, 4, num_latent_frames)
     mask[:, :, 0] = 1
+    return mask
+
+
+def reference_mask(shows_last: bool, num_latent_frames: int) -> Tensor:
+    """Mark what a reference shows: the first latent frame, or also the last video frame. [1, 4, F].
+
+    Source: Wan's first-and-last-frame model.
+    """
+    mask = first_frame_mask(1, num_latent_frames)
+    if shows_last:
+        mask[:, -1, -1] = 1
     return mask

@@ -44,7 +44,9 @@ class PerfectDenoiser(nn.Module):
         return self.velocity
 
 
-def training_batch(encoders: Encoders, start: int, num_speakers: int) -> Batch:
+def training_batch(
+    encoders: Encoders, start: int, num_speakers: int, *, shows_last: bool = False
+) -> Batch:
     raw = RawSample(
         key="clip",
         epoch=0,
@@ -55,7 +57,8 @@ def training_batch(encoders: Encoders, start: int, num_speakers: int) -> Batch:
         tracks=TRACKS[:num_speakers],
         caption="two people talk",
         speaker_masks=MASKS[:num_speakers],
-        num_context_frames=CONTEXT if start else 1,
+        num_context_frames=CONTEXT if start and not shows_last else 1,
+        shows_last=shows_last,
     )
     return collate([ClipEncoder(encoders, torch.float32, "").sample(raw, 4)])
 
@@ -77,6 +80,27 @@ def test_the_network_sees_the_same(tiny_encoders: Encoders, number: int, num_spe
         progress = Progress(number, tail, tail[:, :0])
     next(sampler.sample(denoiser, tiny_encoders, scene, SEED, no_progress, progress))
 
+    compare(denoiser, batch, noise)
+
+
+def test_both_ends_are_shown_alike(tiny_encoders: Encoders) -> None:
+    sampler = TalkSampler(
+        steps=4, text_scale=1.0, audio_scale=1.0, num_frames=WINDOW, context_frames=1,
+        continuity="both_ends",
+    )  # fmt: skip
+    batch = training_batch(tiny_encoders, WINDOW - 1, 1, shows_last=True)
+    noise = draw_normal(tuple(batch.latents.shape), SEED, 1, "noise")
+    denoiser = PerfectDenoiser(batch, noise)
+    scene = Scene("two people talk", TRACKS[:1], ClipSource(), MASKS[:1])
+    tail = to_video(np.asarray(CLIP[WINDOW - 1 : WINDOW]))
+    progress = Progress(1, tail, tail[:, :0])
+    next(sampler.sample(denoiser, tiny_encoders, scene, SEED, no_progress, progress))
+    assert batch.conditions.reference_mask[0, :, -1].tolist() == [0, 0, 0, 1]
+    compare(denoiser, batch, noise)
+
+
+def compare(denoiser: PerfectDenoiser, batch: Batch, noise: Tensor) -> None:
+    """Compare what a sampler fed the denoiser with what training feeds it."""
     assert len(denoiser.seen) == 4
     for noisy, sigma, conditions in denoiser.seen:
         torch.testing.assert_close(noisy, noisy_latents(batch, noise, sigma), rtol=0, atol=1e-5)

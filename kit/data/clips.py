@@ -33,6 +33,7 @@ class RawSample:
         caption: text.
         speaker_masks: where each speaker stands, 0 or 1, at latent size. [S, H, W]
         num_context_frames: leading video frames given clean.
+        shows_last: whether the window's last frame is shown beside the reference.
     """
 
     key: str
@@ -45,6 +46,7 @@ class RawSample:
     caption: str
     speaker_masks: Tensor
     num_context_frames: int
+    shows_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class RawClips:
             caption=read_caption(self.shards, number),
             speaker_masks=read_masks(self.shards, number, self.selection.pixel_stride),
             num_context_frames=choice.num_context_frames,
+            shows_last=self.selection.plan.shows_last(window.num_frames),
         )
 
 
@@ -123,6 +126,7 @@ class EncodedClips:
             audio=speech_windows(speech, window.start, window.num_frames),
             speaker_masks=read_masks(self.shards, number, self.selection.pixel_stride),
             num_context=num_context(choice.num_context_frames, self.selection.frame_stride),
+            shows_last=self.selection.plan.shows_last(window.num_frames),
         )
 
 

@@ -24,7 +24,7 @@ from kit.data.shards import Shards
 from kit.data.windows import WindowPlan, plan_windows
 from kit.data.writer import index_tar, shard_name, write_index, write_shard
 from kit.errors import InputError
-from kit.reference import followed_by_grey
+from kit.reference import between_grey, followed_by_grey
 from kit.speech import speech_windows
 
 CLIPS_PER_SHARD = 8
@@ -77,10 +77,24 @@ class ClipEncoder:
         """Encode a window. uint8 [T, height, width, 3] -> [C, F, H, W]."""
         return self._kept(self.encoders.encode_video(to_video(pixels)[None])[0])
 
-    def reference(self, picture: np.ndarray, num_frames: int) -> Tensor:
-        """Encode a frame with grey behind it. uint8 [height, width, 3] -> [C, F, H, W]."""
-        frame = to_video(picture[None])[:, 0]
-        return self._kept(self.encoders.encode_video(followed_by_grey(frame, num_frames)[None])[0])
+    def reference(
+        self, picture: np.ndarray, num_frames: int, last: np.ndarray | None = None
+    ) -> Tensor:
+        """Encode a frame with grey behind it, up to a last one if there is one.
+
+        Args:
+            picture: uint8. [height, width, 3]
+            num_frames: of the window.
+            last: uint8. [height, width, 3]
+
+        Returns:
+            [C, F, H, W]
+        """
+        first = to_video(picture[None])[:, 0]
+        frames = followed_by_grey(first, num_frames)
+        if last is not None:
+            frames = between_grey(first, to_video(last[None])[:, 0], num_frames)
+        return self._kept(self.encoders.encode_video(frames[None])[0])
 
     def image(self, picture: np.ndarray) -> Tensor:
         """Encode a reference frame as an image. uint8 [height, width, 3] -> [K, D]."""
@@ -101,19 +115,20 @@ class ClipEncoder:
 
     def sample(self, raw: RawSample, frame_stride: int) -> Sample:
         """Encode one draw from raw shards."""
-        num_frames = len(raw.pixels)
+        num_frames, last = len(raw.pixels), raw.pixels[-1] if raw.shows_last else None
         return Sample(
             key=raw.key,
             epoch=raw.epoch,
             index=raw.index,
             latents=self.latents(raw.pixels).float(),
-            reference=self.reference(raw.reference, num_frames).float(),
+            reference=self.reference(raw.reference, num_frames, last).float(),
             image=self.image(raw.reference).float(),
             text=self.text(raw.caption).float(),
             null_text=self.text(self.negative_text).float(),
             audio=speech_windows(self.speech(raw.tracks).float(), raw.start, num_frames),
             speaker_masks=raw.speaker_masks,
             num_context=num_context(raw.num_context_frames, frame_stride),
+            shows_last=raw.shows_last,
         )
 
     def _kept(self, features: Tensor) -> Tensor:
@@ -197,8 +212,10 @@ def _windows(
         pictures = read_pictures(shards, number, [*frames, *window.references])
         references = pictures[window.num_frames :]
         features = {"latents": encoder.latents(pictures[: window.num_frames])}
+        shows_last = plan.shows_last(window.num_frames)
+        last = pictures[window.num_frames - 1] if shows_last else None
         for place, picture in enumerate(references):
-            features[f"reference.{place}"] = encoder.reference(picture, window.num_frames)
+            features[f"reference.{place}"] = encoder.reference(picture, window.num_frames, last)
             features[f"image.{place}"] = encoder.image(picture)
         yield features
 

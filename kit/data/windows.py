@@ -11,7 +11,7 @@ from typing import Literal
 from kit.draws import draw_index, draw_uniform, seed_of
 from kit.errors import InputError
 
-ReferenceStrategy = Literal["first", "m0", "m1", "m2", "m3"]
+ReferenceStrategy = Literal["first", "ends", "m0", "m1", "m2", "m3"]
 
 DISTANT_SECONDS = 5
 NEAR_SECONDS = 1
@@ -26,7 +26,8 @@ class WindowPlan:
         windows_per_clip: windows in a clip at most, spread evenly from its start to its end.
         references: where the reference frame comes from. `first` is the window's first frame,
             `m0` any frame of the window, `m1` its first or last, `m2` one more than 5 s away,
-            `m3` one outside the window, within 1 s of it.
+            `m3` one outside the window, within 1 s of it; `ends` shows its first and its last
+            frame, each in its place.
         references_per_window: reference candidates of a window, beside its first frame.
         fps: frames per second of the clips.
     """
@@ -36,6 +37,10 @@ class WindowPlan:
     references: ReferenceStrategy
     references_per_window: int
     fps: int = 25
+
+    def shows_last(self, num_frames: int) -> bool:
+        """Tell whether a window of so many frames shows its last one beside the reference."""
+        return self.references == "ends" and num_frames > 1
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ def _frames_for(
     near, distant = NEAR_SECONDS * plan.fps, DISTANT_SECONDS * plan.fps
     pools = {
         "first": [start],
+        "ends": [start],
         "m0": list(range(start, stop)),
         "m1": [start, stop - 1],
         "m2": [f for f in range(num_frames) if f < start - distant or f >= stop + distant],

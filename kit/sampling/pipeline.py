@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from kit.batch import Conditions
 from kit.draws import draw_normal
 from kit.flow import hold_context
 from kit.models.base import Encoders
-from kit.reference import first_frame_mask, followed_by_grey
+from kit.reference import between_grey, followed_by_grey, reference_mask
 from kit.sampling.chunks import Chunk, Progress, plan_chunks, show, speech_frames_needed
 from kit.sampling.color import match_color
 from kit.solvers import SOLVERS, sigma_schedule
@@ -23,6 +23,15 @@ from kit.speech import mirror_end, speech_windows
 
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
 """A denoiser: (noisy, sigma, conditions) -> velocity."""
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A denoiser that can keep what it computed from conditions, which are equal in all steps."""
+
+    def remembering(self) -> Predict:
+        """Give it with a new memory, which lasts as long as what is given."""
+
 
 OnStep = Callable[[Chunk, int], None]
 """Told after each denoising step: the chunk and how many of its steps are done."""
@@ -38,24 +47,44 @@ class Source(Protocol):
         """
 
 
-def follow_source(source: Source, chunk: Chunk, tail: Tensor | None) -> Tensor:
-    """Take the source's frame at the chunk's start. [3, height, width]
+class Ends(NamedTuple):
+    """The pictures that a chunk is given: its reference, and its last frame or None."""
+
+    first: Tensor
+    last: Tensor | None = None
+
+
+def follow_source(source: Source, chunk: Chunk, tail: Tensor | None) -> Ends:
+    """Take the source's frame at the chunk's start.
 
     Source: InfiniteTalk, sparse-frame dubbing.
     """
-    return source.frame(chunk.start)
+    return Ends(source.frame(chunk.start))
 
 
-def follow_last_frame(source: Source, chunk: Chunk, tail: Tensor | None) -> Tensor:
-    """Take the last frame that was made, as image-to-video chained after itself. [3, height, width]
+def follow_last_frame(source: Source, chunk: Chunk, tail: Tensor | None) -> Ends:
+    """Take the last frame that was made, as image-to-video chained after itself.
 
     Source: the I2V baseline of InfiniteTalk's paper; colours and faces drift by design.
     """
-    return source.frame(chunk.start) if tail is None else tail[:, -1]
+    return Ends(source.frame(chunk.start) if tail is None else tail[:, -1])
 
 
-CONTINUITIES = {"source": follow_source, "last_frame": follow_last_frame}
-"""What a later chunk's reference is."""
+def meet_source(source: Source, chunk: Chunk, tail: Tensor | None) -> Ends:
+    """Go from the last frame that was made to the source's frame at the chunk's end.
+
+    Source: the FL2V baseline of InfiniteTalk's paper; poses of the source are copied by design.
+    """
+    first, _ = follow_last_frame(source, chunk, tail)
+    return Ends(first, source.frame(chunk.start + chunk.num_frames - 1))
+
+
+CONTINUITIES = {
+    "source": follow_source,
+    "last_frame": follow_last_frame,
+    "both_ends": meet_source,
+}
+"""What the reference of a chunk is."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +139,9 @@ class TalkSampler:
             chunk before, so that no jump of the codec is seen; at most `context_frames`.
         color_correction: how far each chunk's colours are moved to those of the first reference.
         negative_text: what guidance leads away from.
-        continuity: what the reference of a later chunk is: the source's frame of that time, or the
-            last frame made, which chains image-to-video after itself.
+        continuity: what the reference of a chunk is: the `source`'s frame of that time; the
+            `last_frame` made, which chains image-to-video after itself; or `both_ends`, the last
+            frame made and the source's at the chunk's end. The two latter are baselines.
         solver: how to step between noise levels.
         together: all guidance branches in one forward pass; False takes a third of the memory.
 
@@ -130,7 +160,7 @@ class TalkSampler:
         crossfade_frames: Annotated[int, Field(ge=0)] = 0,
         color_correction: Annotated[float, Field(ge=0, le=1)] = 1.0,
         negative_text: str = "",
-        continuity: Literal["source", "last_frame"] = "source",
+        continuity: Literal["source", "last_frame", "both_ends"] = "source",
         solver: Literal["euler"] = "euler",
         together: bool = True,
     ) -> None:
@@ -160,6 +190,11 @@ class TalkSampler:
             found.append(
                 f"sampling.context_frames: {self.context_frames} of {self.num_frames} frames leave "
                 "nothing new in a chunk"
+            )
+        if self.continuity != "source" and self.context_frames != 1:
+            found.append(
+                f"sampling.context_frames: {self.context_frames}; chunks that go on from the "
+                "last frame made share 1"
             )
         if self.crossfade_frames > self.context_frames:
             found.append(
@@ -202,12 +237,12 @@ class TalkSampler:
         if progress is not None:
             chunks, tail, waiting = chunks[progress.next_chunk :], progress.tail, progress.waiting
         for chunk in chunks:
-            frame = CONTINUITIES[self.continuity](scene.source, chunk, tail)
-            conditions = chunk_conditions(encoders, encoded, chunk, frame)
+            ends = CONTINUITIES[self.continuity](scene.source, chunk, tail)
+            conditions = chunk_conditions(encoders, encoded, chunk, *ends)
             noise = _noise(conditions.reference, seed, chunk)
             context = noise[:, :, :0]
             if tail is not None or scene.has_reference:
-                given = frame[:, None] if tail is None else tail
+                given = ends.first[:, None] if tail is None else tail
                 context = encoders.encode_video(given[None])  # [1, C, f, H, W]
             if not scene.has_reference:
                 conditions = guidance.drop_image(guidance.drop_reference(conditions))
@@ -246,17 +281,21 @@ class TalkSampler:
             conditions: all conditions present, batch of one.
             null_text: states of the negative text. [1, L, D]
         """
-        asked = guidance.branches(conditions, null_text, self.text_scale, self.audio_scale)
+        device = conditions.reference.device
+        asked = guidance.branches(
+            conditions.to(device), null_text.to(device), self.text_scale, self.audio_scale
+        )
+        # What branches share stays one and the same object, so that it is remembered once.
         given = list(asked.values())
         passes = [Conditions.cat(given)] if self.together else given
+        predict = denoiser.remembering() if isinstance(denoiser, Remembering) else denoiser
 
         def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
             predicted: list[Tensor] = []
             for conditions in passes:
                 count = len(conditions.text)
                 repeated = noisy.expand(count, *noisy.shape[1:])
-                velocities = denoiser(repeated, sigma.expand(count), conditions.to(noisy.device))
-                predicted += torch.split(velocities, 1)
+                predicted += torch.split(predict(repeated, sigma.expand(count), conditions), 1)
             branches = dict(zip(asked, predicted, strict=True))
             return guidance.combine(branches, self.text_scale, self.audio_scale)
 
@@ -288,7 +327,11 @@ class TalkSampler:
 
 
 def chunk_conditions(
-    encoders: Encoders, encoded: EncodedScene, chunk: Chunk, frame: Tensor
+    encoders: Encoders,
+    encoded: EncodedScene,
+    chunk: Chunk,
+    frame: Tensor,
+    last: Tensor | None = None,
 ) -> Conditions:
     """Put together what steers one chunk, as a batch of one.
 
@@ -297,14 +340,18 @@ def chunk_conditions(
         encoded: text, speech and places of the whole video.
         chunk: which frames.
         frame: the chunk's reference picture, -1 to 1. [3, height, width]
+        last: its last frame, if that is given. [3, height, width]
     """
-    reference = encoders.encode_video(followed_by_grey(frame, chunk.num_frames)[None])
+    frames = followed_by_grey(frame, chunk.num_frames)
+    if last is not None:
+        frames = between_grey(frame, last, chunk.num_frames)
+    reference = encoders.encode_video(frames[None])
     audio = speech_windows(encoded.speech, chunk.start, chunk.num_frames)
     return Conditions(
         text=encoded.text,
         image=encoders.encode_image(frame[None]),
         reference=reference,
-        reference_mask=first_frame_mask(1, reference.shape[2]),
+        reference_mask=reference_mask(last is not None, reference.shape[2]),
         audio=audio[None],
         num_speakers=torch.tensor([len(audio)]),
         speaker_masks=encoded.speaker_masks[None],
