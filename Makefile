@@ -13,7 +13,7 @@ quickstart: $(INSTALLED)  ## train a tiny base and an adapter, then make a video
 	.venv/bin/python -m kit.run.quickstart
 
 # Every line goes on where it was stopped.
-studio: $(INSTALLED)  ## train the studio base again, in about two hours on two cores
+studio: $(INSTALLED)  ## train the studio base again, in about three hours on two cores
 	test -f runs/studio/shards/train/index.json || .venv/bin/python data/prepare_studio.py \
 		runs/studio/shards/train --split train --clips 2400 --stills 900
 	test -f runs/studio/shards/pictures/index.json || .venv/bin/python data/prepare_studio.py \
@@ -23,6 +23,7 @@ studio: $(INSTALLED)  ## train the studio base again, in about two hours on two 
 	.venv/bin/kit pretrain recipes/studio/pictures.yaml
 	.venv/bin/kit pretrain recipes/studio/motion.yaml
 	.venv/bin/kit pretrain recipes/studio/video.yaml
+	.venv/bin/kit pretrain recipes/studio/polish.yaml
 	.venv/bin/kit pretrain recipes/studio/speech.yaml
 	.venv/bin/kit pretrain recipes/studio/words.yaml
 	.venv/bin/kit prepare runs/studio/shards/train --out runs/studio/shards/train \

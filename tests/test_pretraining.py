@@ -141,3 +141,14 @@ def test_hues_turn_and_greys_stay() -> None:
     torch.testing.assert_close(turn_hues(red, 2 * third).flatten(), torch.tensor([0.0, 0.0, 1.0]))
     grey = torch.full((3, 2, 2, 2), 0.3)
     torch.testing.assert_close(turn_hues(grey, 1.0), grey)
+
+
+def test_a_decoder_alone_leaves_latents_as_they_are(raw_shards: Path) -> None:
+    first = run("video", raw_shards) / "vae"
+    before = load_file(first / "diffusion_pytorch_model.safetensors")
+    config = (first / "config.json").read_text()
+    more = {"task.start": "base", "task.decoder_only": "true", "name": "polish"}
+    after = load_file(run("video", raw_shards, **more) / "vae/diffusion_pytorch_model.safetensors")
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert (first / "config.json").read_text() == config

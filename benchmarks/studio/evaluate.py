@@ -91,7 +91,7 @@ def measure_pair(job: Job, studio: Studio) -> Numbers:
     spoken = _speech(made, take, speaker, known(take, speaker))
     listener = known(take, 1 - speaker)
     envelope = speech_envelope(take.tracks[speaker], FPS, len(made.frames))
-    talk = lip_sync(_opening(made, listener), envelope)
+    talk = lip_sync(film_opening(made, listener), envelope)
     return {
         "speaker_r": spoken["sync_r"],
         "cross_talk_r": talk.r,
@@ -187,18 +187,19 @@ def _film(job: Job, studio: Studio, scene: Scene, take: Take) -> Film:
     return made
 
 
-def _opening(made: Film, facts: Known) -> torch.Tensor:
+def film_opening(made: Film, facts: Known) -> torch.Tensor:
+    """Measure how far a mouth is open, 0 to 1 and a little beyond. [T]"""
     assert facts.mouth_color is not None and facts.full_opening is not None
     area = opening_by_color(made.frames, facts.region, facts.mouth_color)
     return (area - facts.closed_opening) / (facts.full_opening - facts.closed_opening)
 
 
 def _mean_opening(made: Film, facts: Known) -> float:
-    return _opening(made, facts).clamp(0, 1).mean().item()
+    return film_opening(made, facts).clamp(0, 1).mean().item()
 
 
 def _speech(made: Film, take: Take, speaker: int, facts: Known) -> Numbers:
-    opening = _opening(made, facts)
+    opening = film_opening(made, facts)
     envelope = speech_envelope(take.tracks[speaker], FPS, len(opening))
     sync = lip_sync(opening, envelope)
     silence = silence_opening(opening, envelope, full_opening=1.0)
@@ -208,7 +209,7 @@ def _speech(made: Film, take: Take, speaker: int, facts: Known) -> Numbers:
 
 def _speech_from(made: Film, take: Take, facts: Known, start: int) -> float:
     envelope = speech_envelope(take.tracks[0], FPS, len(made.frames))
-    return lip_sync(_opening(made, facts)[start:], envelope[start:]).r
+    return lip_sync(film_opening(made, facts)[start:], envelope[start:]).r
 
 
 def _read(words: Sequence[str]) -> argparse.Namespace:

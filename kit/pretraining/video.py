@@ -33,6 +33,7 @@ class VideoCoding(EncoderTask):
         seed: of the first weights.
         config: folder whose `config.json` tells the sizes.
         start: base folder whose `vae/` an earlier part of the training wrote; None begins anew.
+        decoder_only: leave the encoder as it is, so that latents keep their meaning for a denoiser.
         pictures: train on single pictures, the first frame of each window and its reference.
         kl: weight of the pull of the latents towards a standard normal distribution.
         edges: weight of the error of differences between neighbouring pixels.
@@ -51,6 +52,7 @@ class VideoCoding(EncoderTask):
         *,
         config: ExistingFolder,
         start: str | None = None,
+        decoder_only: bool = False,
         pictures: bool = False,
         kl: Annotated[float, Field(ge=0)] = 1e-4,
         edges: Annotated[float, Field(ge=0)] = 1.0,
@@ -61,10 +63,15 @@ class VideoCoding(EncoderTask):
         self._config: dict[str, Any] = json.loads((Path(config) / "config.json").read_text())
         torch.manual_seed(seed_of(seed, "weights"))
         self._vae: Any = AutoencoderKLWan.from_config(self._config)
+        self._decoder_only = decoder_only
         if start is None:
             _start_quiet(self._vae)
         else:
             self._vae.load_state_dict(_weights(Path(start) / "vae" / _FILE))
+        if start is not None and decoder_only:
+            self._config = json.loads((Path(start) / "vae" / "config.json").read_text())
+            for part in (self._vae.encoder, self._vae.quant_conv):
+                part.requires_grad_(False)
         prefer_channels_last(self._vae)
         self._pictures = pictures
         self._kl = kl
@@ -92,6 +99,8 @@ class VideoCoding(EncoderTask):
 
     def finish(self, batches: list[list[RawSample]]) -> None:
         """Measure mean and spread of the latents, by which they are normalised."""
+        if self._decoder_only:
+            return
         with torch.no_grad():
             modes = [self._vae.encode(self._pixels(batch)).latent_dist.mode() for batch in batches]
         latents = torch.cat([mode.transpose(0, 1).flatten(1) for mode in modes], dim=1)
