@@ -1,13 +1,15 @@
 """What a LoRA brings: a character that the base never saw, with the adapter and without."""
 
 import logging
+import shutil
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
-from filming import Film, film, open_studio, save
+from filming import FROM_PORTRAIT, FROM_WORDS, Film, film, open_studio, save
 from scenes import known, takes, to_scene
 
 from kit.metrics.identity import color_identity
@@ -23,8 +25,10 @@ log = logging.getLogger("evaluate")
 
 GUEST = "mika"
 RECIPE = "recipes/quickstart.yaml"
-SHARDS = Path("runs/studio_adapter/shards")
+FOLDER = Path("runs/studio_adapter")
+SHARDS = FOLDER / "shards"
 NUM_FRAMES = 81
+WAYS = {"portrait": FROM_PORTRAIT, "words": FROM_WORDS}
 
 Numbers = dict[str, float]
 
@@ -36,7 +40,7 @@ def compare_adapter(
 
     Args:
         count: scenes of the guest, each from a portrait and from words alone.
-        overrides: of the talk recipe.
+        overrides: of the sample recipes; the adapter trains on the shipped base.
         films: folder for the videos, if they are to be kept.
 
     Returns:
@@ -44,34 +48,33 @@ def compare_adapter(
         videos from words, which is all the base knows of the guest then; `..._portrait`: the same
         from a portrait. `adapter_sync_loss`: sync r without less sync r with, from a portrait.
     """
-    seconds, adapter = _train(overrides)
-    without, with_it = open_studio(overrides), open_studio((*overrides, f"adapter={adapter}"))
+    seconds, adapter = _train()
+    bases = {"base": overrides, "adapter": (*overrides, f"adapter={adapter}")}
     rows: list[Numbers] = []
     for index, take in enumerate(takes(("one",), count, NUM_FRAMES, guest=GUEST)):
         facts = known(take, 0, colors=("hair", "eyes", "clothes"))
-        given = to_scene(take, without.base.geometry)
         row: Numbers = {}
-        for way, scene in (("portrait", given), ("words", replace(given, has_reference=False))):
-            for name, studio in (("base", without), ("adapter", with_it)):
-                made = film(studio, scene, index)
-                row |= {
-                    f"{what}_{way}_{name}": n for what, n in _measure(made, take, facts).items()
-                }
-                if films is not None:
-                    save(films / f"guest-{way}-{name}-{index:02d}.mp4", made, take.tracks.sum(0))
+        for (way, recipe), (name, words) in product(WAYS.items(), bases.items()):
+            studio = open_studio(words, recipe)
+            scene = to_scene(take, studio.base.geometry)
+            scene = replace(scene, has_reference=way == "portrait")
+            made = film(studio, scene, index)
+            row |= {f"{what}_{way}_{name}": n for what, n in _measure(made, take, facts).items()}
+            if films is not None:
+                save(films / f"guest-{way}-{name}-{index:02d}.mp4", made, take.tracks.sum(0))
         rows.append(row)
     return {"adapter_seconds": seconds, **_compare(rows)}
 
 
-def _train(overrides: tuple[str, ...]) -> tuple[int, Path]:
-    base = [word for word in overrides if word.startswith("base.")]
+def _train() -> tuple[int, Path]:
     quiet: Callable[[str], None] = log.info
+    shutil.rmtree(FOLDER, ignore_errors=True)  # a finished run would only be read
     started = time.perf_counter()
     prepare(
         Path("shipped:data/sample/shards"), SHARDS, recipe=RECIPE, encode=True, window=None,
         buckets=None, clip_seconds=20, sequence_fps=25, overwrite=True, report=quiet,
     )  # fmt: skip
-    folder = fit(RECIPE, [*base, f"data.path={SHARDS}", "name=studio_adapter"], quiet)
+    folder = fit(RECIPE, [f"data.path={SHARDS}", f"name={FOLDER.name}"], quiet)
     return round(time.perf_counter() - started), folder / ADAPTER_NAME
 
 

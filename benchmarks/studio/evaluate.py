@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from adapter import compare_adapter
-from filming import Film, Studio, film, open_studio, save
+from filming import FROM_PORTRAIT, FROM_WORDS, Film, Studio, film, open_studio, save
 from scenes import SPEECH, known, takes, to_scene
 from words import draw_order, obeyed
 
@@ -46,7 +46,7 @@ class Job:
     Attributes:
         kind: key of `MEASURES`.
         index: which of its kind, also the seed of the noise.
-        overrides: of the talk recipe.
+        overrides: of the sample recipes.
         films: folder for the video, if it is to be kept.
     """
 
@@ -152,7 +152,8 @@ def main(words: Sequence[str]) -> None:
 
 def run(job: Job) -> Numbers:
     """Make and measure one video."""
-    return MEASURES[job.kind](job, open_studio(job.overrides))
+    recipe = FROM_WORDS if job.kind == "words" else FROM_PORTRAIT
+    return MEASURES[job.kind](job, open_studio(job.overrides, recipe))
 
 
 def summary(found: dict[str, list[float]]) -> dict[str, float | int]:
@@ -219,7 +220,7 @@ def _read(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--films", type=Path, help="keep the videos in this folder")
     parser.add_argument("--out", type=Path, default=HERE / "report.json")
-    parser.add_argument("overrides", nargs="*", help="of recipes/studio/talk.yaml")
+    parser.add_argument("overrides", nargs="*", help="of the sample recipes")
     return parser.parse_args(words)
 
 

@@ -16,7 +16,7 @@ from kit.sampling.frames import to_pictures
 from kit.sampling.pipeline import Scene, TalkSampler, no_progress
 from kit.studio.mouth import FPS
 
-RECIPE = "recipes/studio/talk.yaml"
+FROM_PORTRAIT, FROM_WORDS = "recipes/studio/talk.yaml", "recipes/studio/from_words.yaml"
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Film:
         return replace(self, frames=self.frames[:stop], chunk_starts=self.chunk_starts[:num_chunks])
 
 
-@lru_cache(maxsize=2)
-def open_studio(overrides: tuple[str, ...]) -> Studio:
-    """Load what the talk recipe names; overrides are `key=value` words."""
+@lru_cache(maxsize=4)
+def open_studio(overrides: tuple[str, ...], recipe: str = FROM_PORTRAIT) -> Studio:
+    """Load what a sample recipe names; overrides are `key=value` words."""
     torch.set_num_threads(1)
-    checked = read_as(RECIPE, overrides, SAMPLE)
+    checked = read_as(recipe, overrides, SAMPLE)
     base, sampler = build_sample(checked)
     device = torch.device("cpu")
     denoiser = load_with_adapter(base, checked["adapter"], device)
