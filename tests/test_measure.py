@@ -179,6 +179,16 @@ def test_another_measure_does_not_stop_a_run_from_going_on(encoded_shards: Path)
     assert names == ["step-00000001.json", "step-00000002.json"]
 
 
+def test_a_video_without_portrait_is_compared_with_a_picture(known: Known) -> None:
+    given = {"image": "null", "size": "64x64", **known_words(known)}
+    with pytest.raises(InputError, match="measure.colors: there is no portrait"):
+        sample(TALK, talk_words(**given), print_nothing, is_measured=True)
+    words = talk_words(**given, **{"measure.reference": PORTRAIT})
+    sample(TALK, words, print_nothing, is_measured=True)
+    track = json.loads(Path("talk.report.json").read_text())["tracks"][0]
+    assert track["color_distance"] > 0
+
+
 def test_what_cannot_be_measured_costs_neither_video_nor_run(
     encoded_shards: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

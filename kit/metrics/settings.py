@@ -13,7 +13,7 @@ from kit.data.buckets import fit_mask
 from kit.data.video_reader import open_image
 from kit.errors import InputError
 from kit.metrics.mouth import box_regions
-from kit.recipe import ExistingFolder
+from kit.recipe import ExistingFile, ExistingFolder
 
 
 def _four_numbers(region: str | tuple[float, ...]) -> str | tuple[float, ...]:
@@ -45,8 +45,9 @@ class MeasureSettings:
         full_opening: share of the picture that the inside of the mouth covers wide open; without
             it, the 95th percentile of each video.
         closed_opening: share that a closed mouth seems to cover, where dark lips count in part.
-        colors: RGB of the character's parts by name, all of them in the reference picture: the
-            portrait or the source video's first frame.
+        reference: picture of the character; without it, the portrait or the source video's first
+            frame.
+        colors: RGB of the character's parts by name, all of them in the reference picture.
         features: folder of an image network saved by timm, to compare with the reference picture.
     """
 
@@ -57,6 +58,7 @@ class MeasureSettings:
         mouth_color: Color | None = None,
         full_opening: Annotated[float, Field(gt=0, le=1)] | None = None,
         closed_opening: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        reference: ExistingFile | None = None,
         colors: Mapping[str, Color] = {},
         features: ExistingFolder | None = None,
     ) -> None:
@@ -64,6 +66,7 @@ class MeasureSettings:
         self.mouth_color = mouth_color
         self.full_opening = full_opening
         self.closed_opening = closed_opening
+        self.reference = reference
         self.colors = colors
         self.features = features
 

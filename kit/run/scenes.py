@@ -68,12 +68,15 @@ def build_measure(recipe: Recipe, size: Size, source: Source | None) -> Measure:
     Args:
         recipe: of `kit fit` or `kit sample`.
         size: of the videos.
-        source: its first picture is what the character should look like.
+        source: its first picture is what the character should look like, unless the section names
+            another.
 
     Raises:
         InputError: lists all that is wrong.
     """
     settings = recipe.build("measure") if "measure" in recipe else MeasureSettings()
+    if settings.reference is not None:
+        source = StillSource(load_image(Path(settings.reference)), size)
     reference = None
     if source is not None:
         (picture,) = to_pictures(source.frame(0)[None])
