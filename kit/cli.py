@@ -155,10 +155,18 @@ def _add_export(commands: _Commands) -> None:
 
 
 def _add_check(commands: _Commands) -> None:
-    text = "check recipes or shards without training, or describe what recipes may hold"
-    example = "kit check recipes/quickstart.yaml\n  kit check --schema fit --out fit.schema.json"
+    text = "check recipes, shards or weights without loading, or describe what recipes may hold"
+    example = (
+        "kit check recipes/quickstart.yaml\n  kit check models/Wan2.1-I2V-14B-480P\n"
+        "  kit check --schema fit --out fit.schema.json"
+    )
     add = _add(commands, "check", text, example, _check).add_argument
-    add("words", nargs="*", metavar="PATH | key=value", help="recipes or folders, then overrides")
+    add(
+        "words",
+        nargs="*",
+        metavar="PATH | key=value",
+        help="recipes, folders or files of weights, then overrides",
+    )
     add(
         "--schema",
         nargs="?",
@@ -220,7 +228,7 @@ def _check(arguments: _Arguments) -> None:
     paths = [word for word in arguments.words if "=" not in word]
     if not paths and arguments.schema is None:
         raise InputError(
-            "check: name a recipe, a folder of shards, or --schema fit|sample|pretrain"
+            "check: name a recipe, a folder of shards or weights, or --schema fit|sample|pretrain"
         )
     from kit.run.check import check, describe
 

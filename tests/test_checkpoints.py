@@ -1,19 +1,24 @@
 """Names of weights, and reading them strictly from the public layouts."""
 
+import gc
 import json
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kit.errors import InputError
 from kit.models.audio import AudioSizes
 from kit.models.base import Denoiser
+from kit.models.checkpoints import load_weights
 from kit.models.keys import our_name, public_name
+from kit.models.layouts import find_layout
+from kit.models.tensor_files import read_header
 from kit.models.wan import Wan
-from kit.models.wan_base import WanBase
+from kit.models.wan_base import WanBase, empty_denoiser
 
 TINY_BASE = Path(__file__).parents[1] / "data" / "tiny_base"
 PUBLIC_NAMES = Path(__file__).parents[2] / "shared/fixtures/infinitetalk/keys_infinitetalk_14b.txt"
@@ -143,6 +148,11 @@ def test_diffusers_own_saving_can_be_read(folder: Path, drawn: dict[str, Tensor]
     assert_equal(base.load_denoiser(CPU), drawn)
 
 
+def test_the_projector_may_be_called_as_kijais_nodes_do() -> None:
+    assert our_name("multitalk_audio_proj.proj1.weight") == "audio_proj.proj1.weight"
+    assert our_name("diffusion_model.multitalk_audio_proj.norm.bias") == "audio_proj.norm.bias"
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_one_file_with_everything(folder: Path, drawn: dict[str, Tensor], prefix: str) -> None:
     full = write_public(folder / "full.safetensors", drawn, prefix=prefix)
@@ -200,6 +210,74 @@ def test_long_lists_are_cut(folder: Path, drawn: dict[str, Tensor]) -> None:
         WanBase(path=str(folder)).load_denoiser(CPU)
 
 
+def test_loading_holds_one_tensor_twice(folder: Path, drawn: dict[str, Tensor]) -> None:
+    """Counts tensors of the stored dtype, and files that are mapped, at each parameter."""
+    write_diffusers(folder, drawn, shards=3)
+    write_public(folder / "infinitetalk.safetensors", audio_only(drawn))
+    layout = find_layout(folder, {"audio": folder / "infinitetalk.safetensors"})
+    model = empty_denoiser(layout)
+    held: list[int] = []
+    mapped: list[int] = []
+
+    def dtype(name: str) -> torch.dtype:
+        if len(mapped) % 16 == 0:
+            held.append(num_alive(torch.float32))
+        mapped.append(Path("/proc/self/maps").read_text().count(str(folder)))
+        return torch.bfloat16
+
+    before = num_alive(torch.float32)
+    load_weights(model, layout.denoiser_tensors, device=CPU, dtype=dtype)
+    assert len(mapped) == len(drawn)
+    assert max(held) - before <= 2
+    assert not any(mapped)
+    assert num_alive(torch.float32) == before
+
+
+def num_alive(dtype: torch.dtype) -> int:
+    """Count tensors with memory of their own."""
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
+    return sum(1 for tensor in tensors if tensor.dtype == dtype and not tensor.is_meta)
+
+
+def test_files_larger_than_memory_can_be_opened(tmp_path: Path) -> None:
+    """A mapping of this size would be refused."""
+    size = 1 << 43
+    header = json.dumps({"x": {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}})
+    file = tmp_path / "large.safetensors"
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header.encode())
+        try:
+            stream.truncate(8 + len(header) + size)
+        except OSError:
+            pytest.skip("this file system has no files of that size")
+    assert read_header(file).tensors["x"].shape == (size // 2,)
+
+
+def test_weights_by_torch_save_are_streamed_too(folder: Path, drawn: dict[str, Tensor]) -> None:
+    """Under `state_dict`, as in full denoisers; and in the format before torch 1.6."""
+    public = {public_name(name): value for name, value in drawn.items()}
+    for is_archive in (True, False):
+        file = folder / "full.pth"
+        content = {"state_dict": public, "epoch": 3}
+        torch.save(content, file, _use_new_zipfile_serialization=is_archive)
+        base = WanBase(path=str(folder), audio_weights=str(file), dtype="float32")
+        assert_equal(base.load_denoiser(CPU), drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.gguf", r"a\.gguf' is no file of weights; valid: \.safetensors, \.pth"),
+        ("a.safetensors", r"a\.safetensors' cannot be read; is it cut or damaged\?"),
+        ("a.pth", r"a\.pth' cannot be read; is it cut or damaged\?"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF, or something else")
+    with pytest.raises(InputError, match=words):
+        read_header(tmp_path / name)
+
+
 def test_drawn_weights_depend_on_seed_and_name(drawn: dict[str, Tensor]) -> None:
     again = WanBase(path=str(TINY_BASE), random_weights=5, dtype="float32").load_denoiser(CPU)
     other = WanBase(path=str(TINY_BASE), random_weights=6, dtype="float32").load_denoiser(CPU)
@@ -211,8 +289,10 @@ def test_drawn_weights_depend_on_seed_and_name(drawn: dict[str, Tensor]) -> None
 def test_problems_name_missing_files(tmp_path: Path) -> None:
     assert WanBase(path=str(TINY_BASE), random_weights=1).problems() == []
     lines = WanBase(path=str(TINY_BASE)).problems()
-    assert len(lines) == 5
-    assert lines[0].startswith("base.path: there are no safetensors in")
+    titles = ("video autoencoder", "text encoder", "image encoder", "speech encoder", "transformer")
+    expected = [f"base.path: no {title}: get " for title in titles]
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=False))
+    assert "single/infinitetalk.safetensors of MeiGen-AI/InfiniteTalk" in lines[5]
     absent = tmp_path / "nowhere"
     base = WanBase(path=str(absent), audio_weights=str(absent / "a.safetensors"))
     assert base.problems() == [

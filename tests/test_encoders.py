@@ -34,6 +34,7 @@ from kit.models.encoders import (
     draw_network,
     load_network,
 )
+from kit.models.layouts import ENCODERS, find_layout, find_part
 
 TINY_BASE = Path(__file__).parents[1] / "data" / "tiny_base"
 REFERENCE = Path(__file__).parents[2] / "shared" / "fixtures" / "infinitetalk"
@@ -42,8 +43,7 @@ CPU = torch.device("cpu")
 
 def make_encoders(folder: Path = TINY_BASE, random_weights: int | None = 7) -> WanEncoders:
     return WanEncoders(
-        folder=folder,
-        speech_folder=folder / "audio_encoder",
+        layout=find_layout(folder, {}),
         device=CPU,
         text_dtype=torch.float32,
         fps=25,
@@ -212,8 +212,8 @@ def test_clean_text(text: str, clean: str) -> None:
 
 
 def test_networks_are_read_when_needed_and_can_be_released(tmp_path: Path) -> None:
-    encoders = make_encoders(tmp_path)
-    with pytest.raises(OSError):
+    encoders = make_encoders(tmp_path, random_weights=None)
+    with pytest.raises(InputError, match="no image encoder: get models_clip"):
         encoders.encode_image(torch.zeros(1, 3, 32, 32))
     encoders = make_encoders()
     picture = torch.zeros(1, 3, 32, 32)
@@ -227,23 +227,15 @@ def test_networks_are_read_when_needed_and_can_be_released(tmp_path: Path) -> No
 
 def test_drawing_weights_leaves_other_random_numbers_alone() -> None:
     state = torch.get_rng_state()
-    draw_network(CLIPVisionModel, TINY_BASE / "image_encoder", 1, torch.float32)
+    draw_network(find_part("image_encoder", TINY_BASE), 1, torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(
-    ("kind", "part"),
-    [
-        (AutoencoderKLWan, "vae"),
-        (UMT5EncoderModel, "text_encoder"),
-        (CLIPVisionModel, "image_encoder"),
-        (Wav2Vec2Model, "audio_encoder"),
-    ],
-)
-def test_saved_networks_load(tmp_path: Path, kind: type, part: str) -> None:
-    drawn = draw_network(kind, TINY_BASE / part, 1, torch.float32)
-    drawn.save_pretrained(tmp_path)
-    loaded = load_network(kind, tmp_path, torch.float32).state_dict()
+@pytest.mark.parametrize("name", ENCODERS)
+def test_saved_networks_load(tmp_path: Path, name: str) -> None:
+    drawn = draw_network(find_part(name, TINY_BASE), 1, torch.float32)
+    drawn.save_pretrained(tmp_path / name)
+    loaded = load_network(find_part(name, tmp_path), torch.float32, CPU).state_dict()
     assert loaded.keys() == drawn.state_dict().keys()
     assert all(torch.equal(loaded[name], value) for name, value in drawn.state_dict().items())
 
@@ -251,8 +243,8 @@ def test_saved_networks_load(tmp_path: Path, kind: type, part: str) -> None:
 def test_speech_encoder_loads_from_pretraining_weights(tmp_path: Path) -> None:
     config = Wav2Vec2Config.from_pretrained(TINY_BASE / "audio_encoder")
     whole = Wav2Vec2ForPreTraining(config)
-    whole.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
+    whole.save_pretrained(tmp_path / "audio_encoder")
+    file = tmp_path / "audio_encoder" / "model.safetensors"
     weight_norm = (
         ("parametrizations.weight.original0", "weight_g"),
         ("parametrizations.weight.original1", "weight_v"),
@@ -263,26 +255,30 @@ def test_speech_encoder_loads_from_pretraining_weights(tmp_path: Path) -> None:
         file,
         metadata={"format": "pt"},
     )
-    loaded = load_network(Wav2Vec2Model, tmp_path, torch.float32).state_dict()
+    part = find_part("audio_encoder", tmp_path)
+    loaded = load_network(part, torch.float32, CPU).state_dict()
     expected = whole.wav2vec2.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
 def test_image_encoder_loads_from_files_with_the_former_prefix(tmp_path: Path) -> None:
-    drawn = draw_network(CLIPVisionModel, TINY_BASE / "image_encoder", 1, torch.float32)
-    drawn.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
+    drawn = draw_network(find_part("image_encoder", TINY_BASE), 1, torch.float32)
+    drawn.save_pretrained(tmp_path / "image_encoder")
+    file = tmp_path / "image_encoder" / "model.safetensors"
     prefixed = {f"vision_model.{name}": value for name, value in drawn.state_dict().items()}
     save_file(prefixed, file, metadata={"format": "pt"})
-    loaded = load_network(CLIPVisionModel, tmp_path, torch.float32).state_dict()
+    part = find_part("image_encoder", tmp_path)
+    loaded = load_network(part, torch.float32, CPU).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in drawn.state_dict().items())
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
-    drawn = draw_network(CLIPVisionModel, TINY_BASE / "image_encoder", 1, torch.float32)
-    drawn.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
+    drawn = draw_network(find_part("image_encoder", TINY_BASE), 1, torch.float32)
+    drawn.save_pretrained(tmp_path / "image_encoder")
+    file = tmp_path / "image_encoder" / "model.safetensors"
     rest = {k: v for k, v in load_file(file).items() if not k.endswith("fc1.bias")}
     save_file(rest, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"3 tensors missing: encoder\.layers\.0\.mlp\.fc1\.bias"):
-        load_network(CLIPVisionModel, tmp_path, torch.float32)
+    with pytest.raises(
+        InputError, match=r"missing tensors \(3\): encoder\.layers\.0\.mlp\.fc1\.bias"
+    ):
+        load_network(find_part("image_encoder", tmp_path), torch.float32, CPU)

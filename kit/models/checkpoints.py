@@ -1,78 +1,114 @@
-"""Weights: streamed from safetensors files into a network without memory, or drawn from a seed."""
+"""Weights: streamed from files into a network without memory, or drawn from a seed."""
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from kit.draws import draw_normal
 from kit.errors import InputError
-from kit.models.keys import UNUSED_SUFFIX, our_name
+from kit.models.keys import Names
+from kit.models.lora_files import Change
+from kit.models.quantised import UNUSED as UNUSED_FACTORS
+from kit.models.quantised import Weight, dequantise, pair_factors, require_known_forms
+from kit.models.tensor_files import Read, open_tensors, read_header, same_shape, shorten
 
 FLOAT32_PARTS = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "norm_x"}
 """Parts that stay float32 in a bfloat16 network. Source: diffusers 0.42, and ours for norm_x."""
 
-MAX_LISTED = 10
-
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and its shape."""
+    """Where a parameter lies.
+
+    Attributes:
+        file: holds it.
+        weight: keys in the file, shape and dtype there.
+        piece: it is this one of so many equal pieces, counted from the first row.
+    """
 
     file: Path
-    key: str
-    shape: tuple[int, ...]
+    weight: Weight
+    piece: tuple[int, int] = (0, 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        rows, *rest = self.weight.entry.shape or (1,)
+        shape = (rows // self.piece[1], *rest)
+        return shape if self.weight.entry.shape else ()
+
+    def read(self, read: Read) -> Tensor:
+        """Read it from its open file, as the numbers that were stored or in float32."""
+        numbers, factor = read(self.weight.numbers), self.weight.factor
+        whole = numbers if factor is None else dequantise(numbers, read(factor))
+        number, count = self.piece
+        return whole if count == 1 else whole.chunk(count)[number].clone()
 
 
-def weight_files(path: Path) -> list[Path]:
-    """List the safetensors files of a file or folder; empty if there are none.
-
-    An index (`*.safetensors.index.json`) decides which files of a folder count.
-    """
-    if path.is_file():
-        return [path]
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        weight_map: dict[str, str] = json.loads(indices[0].read_text())["weight_map"]
-        return [path / name for name in sorted(set(weight_map.values()))]
-    return sorted(path.glob("*.safetensors"))
-
-
-def locate_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Find each tensor by our name; later files win, unknown names stay as they are.
+def locate_tensors(
+    files: Iterable[Path],
+    names: Callable[[Collection[str]], Names],
+    unused: Mapping[str, str],
+) -> dict[str, StoredTensor]:
+    """Find each tensor by our name; later files win, unknown keys stay as they are.
 
     Only the files' headers are read.
+
+    Args:
+        files: holding the weights of one network.
+        names: translates keys.
+        unused: patterns of keys to leave out.
+
+    Raises:
+        InputError: a file cannot be read, or is quantised in an unknown form.
     """
+    patterns = [*unused, *UNUSED_FACTORS]
     found: dict[str, StoredTensor] = {}
     for file in files:
-        with safe_open(file, "pt") as reader:
-            for key in reader.keys():
-                if not key.endswith(UNUSED_SUFFIX):
-                    shape = tuple(reader.get_slice(key).get_shape())
-                    found[our_name(key) or key] = StoredTensor(file, key, shape)
+        header = read_header(file)
+        require_known_forms(file, header)
+        weights = {
+            key: weight
+            for key, weight in pair_factors(header.tensors).items()
+            if not any(fnmatchcase(key, pattern) for pattern in patterns)
+        }
+        translated = names(weights)
+        for key, weight in weights.items():
+            ours = translated.get(key, (key,))
+            for number, name in enumerate(ours):
+                found[name] = StoredTensor(file, weight, (number, len(ours)))
     return found
 
 
-def mismatches(model: nn.Module, stored: Mapping[str, StoredTensor]) -> list[str]:
-    """Say in words which tensors are missing, unknown or of another shape."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    other_shape = [
-        f"{name} is {list(stored[name].shape)}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in stored and stored[name].shape != shape
-    ]
+def mismatches(
+    model: nn.Module, stored: Mapping[str, StoredTensor], may_lack: Collection[str] = ()
+) -> list[str]:
+    """Say in words which tensors are missing, unknown, of another shape or no numbers."""
+    wanted = parameter_shapes(model)
+    known = {name: tensor for name, tensor in stored.items() if name in wanted}
     findings = {
-        "missing": [name for name in wanted if name not in stored],
-        "unknown": [tensor.key for name, tensor in stored.items() if name not in wanted],
-        "differently shaped": other_shape,
+        "missing": [name for name in wanted if name not in stored and name not in may_lack],
+        "unknown": [tensor.weight.numbers for name, tensor in stored.items() if name not in wanted],
+        "differently shaped": [
+            f"{name} is {list(tensor.shape)}, not {list(wanted[name])}"
+            for name, tensor in known.items()
+            if not same_shape(tensor.shape, wanted[name])
+        ],
+        "integer (without a factor to make weights of them)": [
+            tensor.weight.numbers
+            for tensor in known.values()
+            if tensor.weight.factor is None and "int" in tensor.weight.entry.dtype
+        ],
     }
     return [
-        f"{what} tensors ({len(names)}): {_shorten(names)}"
+        f"{what} tensors ({len(names)}): {shorten(names)}"
         for what, names in findings.items()
         if names
     ]
@@ -83,23 +119,47 @@ def load_weights(
     stored: Mapping[str, StoredTensor],
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: Callable[[str], torch.dtype],
+    changes: Mapping[str, Sequence[Change]] | None = None,
+    may_lack: Collection[str] = (),
 ) -> None:
     """Read a network's parameters one by one, so that only one is ever held twice.
+
+    Args:
+        model: on the meta device.
+        stored: where its parameters lie, by our names.
+        device: to read them onto.
+        dtype: of a parameter by its name.
+        changes: to add to parameters on the way, in float32.
+        may_lack: parameters that no computation reads; zeros where they are not stored.
 
     Raises:
         InputError: a tensor is missing, unknown or has another shape; all are counted.
     """
-    findings = mismatches(model, stored)
+    findings = mismatches(model, stored, may_lack)
     if findings:
         files = ", ".join(sorted({str(tensor.file) for tensor in stored.values()})) or "no file"
         raise InputError(f"the weights in {files} do not fit:\n" + "\n".join(findings))
-    for file in sorted({tensor.file for tensor in stored.values()}):
-        with safe_open(file, "pt", device=str(device)) as reader:
-            for name, tensor in stored.items():
-                if tensor.file == file:
-                    value = reader.get_tensor(tensor.key)
-                    _assign(model, name, value.to(dtype_of(name, dtype)))
+    changes, shapes = changes or {}, parameter_shapes(model)
+    with ExitStack() as stack:
+        change_files = {change.file for found in changes.values() for change in found}
+        added = {file: stack.enter_context(open_tensors(file, device)) for file in change_files}
+        in_files = sorted(stored, key=lambda name: stored[name].file)
+        for file, names in groupby(in_files, key=lambda name: stored[name].file):
+            with open_tensors(file, device) as read:
+                for name in names:
+                    value = stored[name].read(read).reshape(shapes[name])
+                    for change in changes.get(name, ()):
+                        value = change.add_to(value, added[change.file])
+                    _assign(model, name, value.to(dtype(name)))
+    for name in sorted(set(shapes).difference(stored)):
+        _assign(model, name, torch.zeros(shapes[name], dtype=dtype(name), device=device))
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """List the parameters' shapes; of those that are one and the same, the first."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
 
 
 def draw_weights(model: nn.Module, seed: int, dtype: torch.dtype) -> None:
@@ -131,8 +191,3 @@ def _draw_parameter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
-
-
-def _shorten(names: list[str]) -> str:
-    rest = len(names) - MAX_LISTED
-    return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -8,17 +8,16 @@ import html
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import ftfy
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     CLIPVisionModel,
     PreTrainedModel,
@@ -30,9 +29,18 @@ from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from kit.batch import SAMPLE_RATE
 from kit.errors import InputError
-from kit.models.checkpoints import draw_weights
+from kit.models.checkpoints import draw_weights, load_weights, mismatches
+from kit.models.layouts import PUBLIC_TOKENIZER, Layout, Part
 
 logger = logging.getLogger(__name__)
+
+NETWORKS: dict[str, Any] = {
+    "vae": AutoencoderKLWan,
+    "text_encoder": UMT5EncoderModel,
+    "image_encoder": CLIPVisionModel,
+    "audio_encoder": Wav2Vec2Model,
+}
+"""Classes by the names of a base's parts."""
 
 UNREAD_PARAMETERS = {"masked_spec_embed"}
 """Parameters that only training of the encoder reads, so that files may lack them."""
@@ -135,11 +143,10 @@ class SpeechEncoder:
 
 
 class WanEncoders:
-    """The four encoders of a base folder in diffusers' layout.
+    """The four encoders of a base.
 
     Args:
-        folder: holds vae/, text_encoder/, tokenizer/ and image_encoder/.
-        speech_folder: the speech encoder.
+        layout: where they lie.
         device: where they compute.
         text_dtype: of the text encoder, by far the largest.
         video_dtype: of the video autoencoder, by far the slowest; the others are float32.
@@ -151,8 +158,7 @@ class WanEncoders:
     def __init__(
         self,
         *,
-        folder: Path,
-        speech_folder: Path,
+        layout: Layout,
         device: torch.device,
         text_dtype: torch.dtype,
         video_dtype: torch.dtype = torch.float32,
@@ -161,8 +167,7 @@ class WanEncoders:
         random_weights: int | None,
     ) -> None:
         self.device = device
-        self._folder = folder
-        self._speech_folder = speech_folder
+        self._layout = layout
         self._text_dtype = text_dtype
         self._video_dtype = video_dtype
         self._fps = fps
@@ -205,33 +210,38 @@ class WanEncoders:
 
     @cached_property
     def _video(self) -> VideoEncoder:
-        vae: AutoencoderKLWan = self._load(
-            AutoencoderKLWan, self._folder / "vae", self._video_dtype
-        )
+        vae: AutoencoderKLWan = self._load("vae", self._video_dtype)
         prefer_channels_last(vae)
         return VideoEncoder(vae)
 
     @cached_property
     def _text(self) -> TextEncoder:
-        tokenizer = AutoTokenizer.from_pretrained(self._folder / "tokenizer", local_files_only=True)
-        network = self._load(UMT5EncoderModel, self._folder / "text_encoder", self._text_dtype)
+        folder = self._layout.tokenizer
+        if folder is None:
+            raise InputError(f"base.path: no tokenizer: get {PUBLIC_TOKENIZER}")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        network = self._load("text_encoder", self._text_dtype)
         return TextEncoder(network, tokenizer, self._text_length)
 
     @cached_property
     def _image(self) -> ImageEncoder:
-        return ImageEncoder(self._load(CLIPVisionModel, self._folder / "image_encoder"))
+        return ImageEncoder(self._load("image_encoder"))
 
     @cached_property
     def _speech(self) -> SpeechEncoder:
-        return SpeechEncoder(self._load(Wav2Vec2Model, self._speech_folder), self._fps)
+        return SpeechEncoder(self._load("audio_encoder"), self._fps)
 
-    def _load(self, kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-        logger.info("loading %s from %s", kind.__name__, folder)
+    def _load(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
+        part = self._layout.parts[name]
+        problems = part.problems(is_drawn=self._seed is not None)
+        if problems:
+            raise InputError("\n".join(f"base.path: {line}" for line in problems))
+        logger.info("loading the %s from %s", part.kind.title, part.place)
         network: Any
-        if self._seed is None or any(folder.glob("*.safetensors")):
-            network = load_network(kind, folder, dtype)
+        if self._seed is None or part.files:
+            network = load_network(part, dtype, self.device)
         else:
-            network = draw_network(kind, folder, self._seed, dtype)
+            network = draw_network(part, self._seed, dtype)
         return network.to(self.device).eval().requires_grad_(False)
 
 
@@ -244,41 +254,60 @@ def prefer_channels_last(network: nn.Module) -> None:
                 module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
 
-def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> ModelMixin | PreTrainedModel:
-    """Load a network, of a class by diffusers or transformers, from safetensors in a folder.
+def load_network(
+    part: Part, dtype: torch.dtype, device: torch.device
+) -> ModelMixin | PreTrainedModel:
+    """Load a network, of a class by diffusers or transformers.
 
     Raises:
-        InputError: the files lack some of its parameters.
+        InputError: the weights do not fit.
     """
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"{folder}: there are no safetensors; a repository may have them in @revision"
-        )
-    network: ModelMixin | PreTrainedModel
-    network, report = kind.from_pretrained(
-        folder,
-        torch_dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
+    network = empty_network(part)
+    load_weights(
+        network,
+        part.tensors,
+        device=device,
+        dtype=lambda _: dtype,
+        may_lack=UNREAD_PARAMETERS,
     )
-    missing = sorted(set(report["missing_keys"]) - UNREAD_PARAMETERS)
-    if missing:
-        raise InputError(f"{folder}: {len(missing)} tensors missing: {', '.join(missing[:10])}")
+    if isinstance(network, PreTrainedModel):
+        network.tie_weights()
     return network
 
 
-def draw_network(
-    kind: Any, folder: Path, seed: int, dtype: torch.dtype
-) -> ModelMixin | PreTrainedModel:
+def encoder_problems(part: Part) -> list[str]:
+    """Say in words what of a part's weights does not fit its network.
+
+    Raises:
+        InputError: its configuration cannot be told.
+    """
+    findings = mismatches(empty_network(part), part.tensors, UNREAD_PARAMETERS)
+    return [f"{part.place}: {line}" for line in findings]
+
+
+def empty_network(part: Part) -> ModelMixin | PreTrainedModel:
+    """Build a network whose parameters have no memory."""
+    # Buffers are not stored, so that they need their numbers.
+    with init_empty_weights(include_buffers=False):
+        return _build(part)
+
+
+def draw_network(part: Part, seed: int, dtype: torch.dtype) -> ModelMixin | PreTrainedModel:
     """Build a network from its configuration alone and draw its weights from a seed."""
     # The constructors draw weights of their own; the caller's random numbers must not notice.
     with torch.random.fork_rng(devices=[]):
-        if issubclass(kind, ModelMixin):
-            network: ModelMixin | PreTrainedModel = kind.from_config(kind.load_config(folder))
-        else:
-            network = kind(AutoConfig.from_pretrained(folder))
+        network = _build(part)
     draw_weights(network, seed, dtype)
+    return network
+
+
+def _build(part: Part) -> ModelMixin | PreTrainedModel:
+    kind = NETWORKS[part.name]
+    network: ModelMixin | PreTrainedModel
+    if issubclass(kind, ModelMixin):
+        network = kind.from_config(part.config)
+    else:
+        network = kind(kind.config_class.from_dict(part.config))
     return network
 
 

@@ -4,6 +4,8 @@ Both tables hold whole dotted prefixes and are never searched for substrings: `c
 a part of `audio_cross_attn`. Sources: Wan2.1, InfiniteTalk and diffusers 0.42.
 """
 
+from collections.abc import Collection, Mapping
+
 TRUNK = {
     "patch_embedding": "patch_embedding",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
@@ -51,8 +53,15 @@ BLOCK = {
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 """What other programs put before public names."""
 
-UNUSED_SUFFIX = ".attn2.norm_added_q.weight"
-"""Some exports by diffusers hold these tensors, which no computation reads."""
+AUDIO = "audio_proj"
+AUDIO_ALIAS = "multitalk_audio_proj"
+"""What kijai's ComfyUI nodes call the projector."""
+
+UNUSED = {"*.attn2.norm_added_q.weight": "a norm that diffusers exports and no computation reads"}
+"""Keys that a network has no place for, and why."""
+
+Names = Mapping[str, tuple[str, ...]]
+"""Keys of a file to our names; a tensor of several names is cut evenly along its rows."""
 
 _TRUNK_BACK = {public: ours for ours, public in TRUNK.items()}
 _BLOCK_BACK = {public: ours for ours, public in BLOCK.items()}
@@ -65,7 +74,7 @@ def is_audio(name: str) -> bool:
 
 def public_name(name: str) -> str | None:
     """Translate our name of a tensor or module to the public one; None if it has none."""
-    if _is_below(name, "audio_proj"):
+    if _is_below(name, AUDIO):
         return name
     if not name.startswith("transformer."):
         return None
@@ -76,12 +85,19 @@ def our_name(key: str) -> str | None:
     """Translate a key of a weight file, public or diffusers', to our name; None if unknown."""
     prefix = next(prefix for prefix in PREFIXES if key.startswith(prefix))
     name = key.removeprefix(prefix)
-    if _is_below(name, "audio_proj"):
+    if _is_below(name, AUDIO_ALIAS):
+        return AUDIO + name.removeprefix(AUDIO_ALIAS)
+    if _is_below(name, AUDIO):
         return name
     ours = _translate(name, _TRUNK_BACK, _BLOCK_BACK)
     if ours is None and _translate(name, TRUNK, BLOCK) is not None:
         ours = name
     return None if ours is None else f"transformer.{ours}"
+
+
+def denoiser_names(keys: Collection[str]) -> Names:
+    """Translate keys of the denoiser, in any of its dialects; unknown ones are left out."""
+    return {key: (name,) for key in keys if (name := our_name(key)) is not None}
 
 
 def _translate(name: str, trunk: dict[str, str], block: dict[str, str]) -> str | None:

@@ -1,12 +1,12 @@
 """Wan2.1 image-to-video with InfiniteTalk's audio parts, as a recipe names it."""
 
 import hashlib
-import json
+import logging
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -16,19 +16,31 @@ from kit.models import keys
 from kit.models.base import Base, Denoiser, Encoders, Geometry
 from kit.models.checkpoints import (
     draw_weights,
+    dtype_of,
     load_weights,
-    locate_tensors,
     mismatches,
-    weight_files,
+    parameter_shapes,
 )
+from kit.models.layouts import (
+    ENCODERS,
+    KINDS,
+    PUBLIC_TOKENIZER,
+    Layout,
+    Part,
+    find_layout,
+    find_part,
+)
+from kit.models.lora_files import LoraFile, Match, match_lora, merge_changes
 
-ENCODER_FOLDERS = ("vae", "text_encoder", "image_encoder")
+logger = logging.getLogger(__name__)
+
 Dtype = Literal["float32", "bfloat16"]
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
 CONFIG_FILES = ("*.json", "*.model", "*.txt")
 """What a hub repository is asked for before a run: all but its weights."""
+WEIGHT_FILES = (*CONFIG_FILES, "*.safetensors", "*.pth")
 GLANCE_BYTES = 1 << 20
-WEIGHT_FILES = (*CONFIG_FILES, "*.safetensors")
+DRAWN_WITH_LORAS = "base.loras: these files change trained weights, but the denoiser's are drawn"
 
 
 class WanBase(Base):
@@ -36,13 +48,19 @@ class WanBase(Base):
 
     Args:
         path: folder in diffusers' layout (transformer/, vae/, text_encoder/, tokenizer/,
-            image_encoder/, audio_encoder/), or such a repository on the Hugging Face hub, as
-            `organisation/name` or `organisation/name@revision`. Sizes of the audio parts stand in
-            audio/config.json, their weights beside it or in `audio_weights`; without it the
-            sizes are those of the public weights.
-        audio_weights: safetensors file with the audio parts under their public names, such as
-            InfiniteTalk's. It may hold the other parts as well, and then wins over `transformer/`.
-        audio_encoder: folder or hub repository of the speech encoder, in place of audio_encoder/.
+            image_encoder/, audio_encoder/) or in Wan2.1's own, with all of the parts or some; or
+            such a repository on the Hugging Face hub, as `organisation/name` or
+            `organisation/name@revision`. What weights do not tell of their sizes stands in
+            config.json below the part's name: transformer/, audio/ and so on.
+        transformer: file, or folder of shards, in place of the one in `path`: as diffusers,
+            Wan2.1 or ComfyUI have it; in float8 and int8 too, which become `dtype` on the way.
+        audio_weights: file with the audio parts, such as InfiniteTalk's, MultiTalk's or a model
+            patch of ComfyUI. It may hold the transformer as well, and then wins over it.
+        vae: file of the video autoencoder, likewise.
+        text_encoder: file of umT5, likewise; its tokenizer is read from `path`.
+        image_encoder: file of CLIP's image encoder, likewise.
+        audio_encoder: file, folder or hub repository of the speech encoder.
+        loras: LoRA files to merge into the denoiser while it is read.
         dtype: of the denoiser and the text encoder; parts that need float32 keep it.
         video_dtype: of the video autoencoder; on a CPU, bfloat16 is several times as fast.
         random_weights: seed from which the weights of parts without weight files are drawn; such
@@ -54,16 +72,29 @@ class WanBase(Base):
         self,
         *,
         path: str,
+        transformer: str | None = None,
         audio_weights: str | None = None,
+        vae: str | None = None,
+        text_encoder: str | None = None,
+        image_encoder: str | None = None,
         audio_encoder: str | None = None,
+        loras: Sequence[LoraFile] = (),
         dtype: Dtype = "bfloat16",
         video_dtype: Dtype = "float32",
         random_weights: Annotated[int | None, Field(ge=0)] = None,
         text_length: Annotated[int, Field(ge=1)] = 512,
     ) -> None:
+        given = {
+            "transformer": transformer,
+            "audio": audio_weights,
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "image_encoder": image_encoder,
+        }
         self._path = path
-        self._audio_weights = None if audio_weights is None else Path(audio_weights)
+        self._named = {name: Path(file) for name, file in given.items() if file is not None}
         self._audio_encoder = audio_encoder
+        self._loras = tuple(loras)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._video_dtype: torch.dtype = getattr(torch, video_dtype)
         self._seed = random_weights
@@ -80,26 +111,27 @@ class WanBase(Base):
         return Geometry()
 
     def problems(self) -> list[str]:
-        """List missing files; where none is missing, tensors that do not fit the denoiser.
+        """List missing files; where none is missing, what does not fit together.
 
         Repositories on the hub are not looked at.
         """
-        found = [*self._missing_from("base.path", self._path)]
-        if self._audio_encoder is not None:
-            found += self._missing_from("base.audio_encoder", self._audio_encoder)
-        if self._audio_weights is not None and not self._audio_weights.is_file():
-            found.append(f"base.audio_weights: there is no file '{self._audio_weights}'")
-        is_readable = not found and self._seed is None and Path(self._path).is_dir()
-        return found + (self._unfit_tensors() if is_readable else [])
+        found = self._absent()
+        if found or _is_remote(self._path):
+            return found
+        try:
+            return self._missing() or self._unfit()
+        except InputError as error:
+            return [f"base: {line}" for line in str(error).splitlines()]
 
     def notes(self) -> list[str]:
-        """Say what is not here and will be fetched."""
+        """Say what is not here and will be fetched, and what LoRA files change."""
         places = {"path": self._path, "audio_encoder": self._audio_encoder}
-        return [
+        fetched = [
             f"base.{key}: no folder '{name}' here; it will be fetched from the hub"
             for key, name in places.items()
-            if name is not None and not Path(name).is_dir()
+            if name is not None and _is_remote(name)
         ]
+        return fetched + [f"base.loras: {match.summary()}" for match in self._matches]
 
     def fingerprint(self) -> str:
         """Hash what the features of the encoders depend on.
@@ -110,27 +142,39 @@ class WanBase(Base):
         digest = hashlib.sha256(
             f"random_weights={self._seed} {self._dtype} {self._video_dtype}".encode()
         )
-        folders = [self._configs / name for name in (*ENCODER_FOLDERS, "tokenizer")]
-        for folder in (*folders, self._speech_configs):
-            digest.update(self._weights_of(folder).encode())
+        layout = self._find(CONFIG_FILES, with_speech=True)
+        places = {name: (part.folder, part.files) for name, part in layout.parts.items()}
+        places["tokenizer"] = (layout.tokenizer or Path(self._path) / "tokenizer", ())
+        for name in ("vae", "text_encoder", "image_encoder", "tokenizer", "audio_encoder"):
+            folder, files = places[name]
+            digest.update(self._identity(name, files).encode())
             for file in sorted(folder.glob("*.json")):
                 if not file.name.endswith(".index.json"):
                     digest.update(file.name.encode() + file.read_bytes())
         return digest.hexdigest()
 
     def load_denoiser(self, device: torch.device) -> Denoiser:
-        """Load the frozen denoiser.
+        """Load the frozen denoiser, with LoRA files merged.
 
         Raises:
             InputError: a tensor is missing, unknown or has another shape.
         """
-        model = self.empty_denoiser()
-        files = self._denoiser_files()
-        if files:
-            load_weights(model, locate_tensors(files), device=device, dtype=self._dtype)
+        layout = self._find(WEIGHT_FILES)
+        model = empty_denoiser(layout, self._text_length)
+        if layout.denoiser_tensors:
+            self._require_loras()
+            load_weights(
+                model,
+                layout.denoiser_tensors,
+                device=device,
+                dtype=partial(dtype_of, dtype=self._dtype),
+                changes=merge_changes(self._matches),
+            )
         else:
             if self._seed is None:
-                raise InputError(f"base.path: '{self._path}' holds no weights of the denoiser")
+                raise InputError(f"base.path: {layout.parts['transformer'].missing()}")
+            if self._loras:
+                raise InputError(DRAWN_WITH_LORAS)
             model.to_empty(device=device)
             draw_weights(model, self._seed, self._dtype)
         return model.requires_grad_(False).eval()
@@ -141,8 +185,7 @@ class WanBase(Base):
         from kit.models.encoders import WanEncoders
 
         return WanEncoders(
-            folder=self._folder,
-            speech_folder=self._speech_folder,
+            layout=self._find(WEIGHT_FILES, with_speech=True),
             device=device,
             text_dtype=self._dtype,
             video_dtype=self._video_dtype,
@@ -153,77 +196,121 @@ class WanBase(Base):
 
     def empty_denoiser(self) -> Denoiser:
         """Build the denoiser without memory."""
-        # diffusers takes seconds to import, and a recipe is read without it.
-        from kit.models.audio import AudioSizes
-        from kit.models.wan import Wan
-
-        config = _read_config(self._configs / "transformer")
-        audio = self._configs / "audio"
-        sizes = AudioSizes(**_read_config(audio)) if audio.is_dir() else AudioSizes()
-        with torch.device("meta"):
-            return Wan(config, audio=sizes, text_length=self._text_length)
+        return empty_denoiser(self._outline, self._text_length)
 
     @cached_property
-    def _folder(self) -> Path:
-        return _resolve(self._path, "base.path", WEIGHT_FILES)
+    def _outline(self) -> Layout:
+        """All but the speech encoder, with configurations at least."""
+        return self._find(CONFIG_FILES)
 
     @cached_property
-    def _speech_folder(self) -> Path:
-        if self._audio_encoder is None:
-            return self._folder / "audio_encoder"
-        return _resolve(self._audio_encoder, "base.audio_encoder", WEIGHT_FILES)
-
-    @cached_property
-    def _configs(self) -> Path:
-        return _resolve(self._path, "base.path", CONFIG_FILES)
-
-    @cached_property
-    def _speech_configs(self) -> Path:
-        if self._audio_encoder is None:
-            return self._configs / "audio_encoder"
-        return _resolve(self._audio_encoder, "base.audio_encoder", CONFIG_FILES)
-
-    def _weights_of(self, folder: Path) -> str:
-        roots = {self._configs: self._path, self._speech_configs: self._audio_encoder}
-        for root, name in roots.items():
-            if name is not None and not Path(name).is_dir() and folder.is_relative_to(root):
-                return root.name  # the hub's cache names its folders after revisions
-        return " ".join(f"{file.name}={_glance(file)}" for file in weight_files(folder))
-
-    def _denoiser_files(self) -> list[Path]:
-        files = weight_files(self._folder / "transformer")
-        files += weight_files(self._folder / "audio")
-        return files if self._audio_weights is None else [*files, self._audio_weights]
-
-    def _unfit_tensors(self) -> list[str]:
-        stored = locate_tensors(self._denoiser_files())
-        return [f"base.path: {line}" for line in mismatches(self.empty_denoiser(), stored)]
-
-    def _missing_from(self, place: str, name: str) -> list[str]:
-        folder = Path(name)
-        if not folder.is_dir():
-            is_on_hub = HUB_NAME.fullmatch(name) is not None
-            return [] if is_on_hub else [f"{place}: there is no folder '{name}'"]
-        if place == "base.audio_encoder":
-            return [f"{place}: {line}" for line in self._missing_files(folder)]
-        parts = ["transformer", *ENCODER_FOLDERS]
-        parts += [] if self._audio_encoder is not None else ["audio_encoder"]
-        lines = [line for part in parts for line in self._missing_files(folder / part)]
-        if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-            lines.append(f"there is no '{folder / 'tokenizer' / 'tokenizer_config.json'}'")
-        return [f"{place}: {line}" for line in lines]
-
-    def _missing_files(self, folder: Path) -> list[str]:
-        if not (folder / "config.json").is_file():
-            return [f"there is no '{folder / 'config.json'}'"]
-        if self._seed is not None:
+    def _matches(self) -> list[Match]:
+        if not self._loras:
             return []
-        # A full file in `audio_weights` makes the transformer's own weights unnecessary.
-        if folder.name == "transformer" and self._audio_weights is not None:
-            return []
-        files = weight_files(folder)
-        absent = [f"there is no '{file}'" for file in files if not file.is_file()]
-        return absent if files else [f"there are no safetensors in '{folder}'"]
+        shapes = parameter_shapes(self.empty_denoiser())
+        return [match_lora(lora, shapes) for lora in self._loras]
+
+    def _find(self, patterns: Sequence[str], *, with_speech: bool = False) -> Layout:
+        """Find the base's parts, and fetch the files of those that are remote."""
+        named = dict(self._named)
+        if with_speech and self._audio_encoder is not None:
+            speech = _resolve(self._audio_encoder, "base.audio_encoder", patterns)
+            named["audio_encoder"] = speech
+        return find_layout(_resolve(self._path, "base.path", patterns), named)
+
+    def _absent(self) -> list[str]:
+        """Say which files and folders are not there that the recipe names."""
+        found = []
+        if not Path(self._path).is_dir() and not _is_remote(self._path):
+            found.append(f"base.path: there is no folder '{self._path}'")
+        named = {KINDS[name].option: str(file) for name, file in self._named.items()}
+        speech = self._audio_encoder
+        if speech is not None and not _is_remote(speech):
+            named["audio_encoder"] = speech
+        absent = {option: file for option, file in named.items() if not Path(file).exists()}
+        return found + [f"base.{o}: there is no file '{file}'" for o, file in absent.items()]
+
+    def _local_parts(self) -> dict[str, Part]:
+        """Find the parts that are here or should be."""
+        parts = dict(self._outline.parts)
+        speech = self._audio_encoder
+        if speech is not None:
+            del parts["audio_encoder"]
+            if not _is_remote(speech):
+                parts["audio_encoder"] = find_part("audio_encoder", Path(self._path), Path(speech))
+        return parts
+
+    def _place(self, name: str) -> str:
+        """Name the key of the recipe that decides where a part lies."""
+        is_named = name in self._named or (name == "audio_encoder" and self._audio_encoder)
+        return f"base.{KINDS[name].option if is_named else 'path'}"
+
+    def _missing(self) -> list[str]:
+        """Say which parts are not there, or not what they should be."""
+        parts, is_drawn = self._local_parts(), self._seed is not None
+        # Files of one part of the denoiser may hold the other, and audio parts have usual sizes.
+        if not is_drawn and not parts["transformer"].files:
+            del parts["transformer"]
+        if not parts["audio"].files:
+            del parts["audio"]
+        lines = [
+            f"{self._place(name)}: {line}"
+            for name, part in parts.items()
+            for line in part.problems(is_drawn=is_drawn)
+        ]
+        if not is_drawn or self._outline.denoiser_tensors:
+            lines += [f"base.path: {line}" for line in self._outline.denoiser_problems()]
+        if self._outline.tokenizer is None:
+            lines.append(f"base.path: no tokenizer in '{self._path}': get {PUBLIC_TOKENIZER}")
+        return lines
+
+    def _unfit(self) -> list[str]:
+        """Say which tensors do not fit the networks, and which of LoRA files do not."""
+        from kit.models.encoders import encoder_problems
+
+        tensors = self._outline.denoiser_tensors
+        if self._loras and not tensors:
+            return [DRAWN_WITH_LORAS]
+        found = mismatches(self.empty_denoiser(), tensors) if tensors else []
+        lines = [f"base.path: {line}" for line in found]
+        for name, part in self._local_parts().items():
+            if name in ENCODERS and part.files:
+                lines += [f"{self._place(name)}: {line}" for line in encoder_problems(part)]
+        matches = [] if lines else self._matches
+        return lines + [f"base.loras: {line}" for match in matches for line in match.problems()]
+
+    def _require_loras(self) -> None:
+        problems = [line for match in self._matches for line in match.problems()]
+        if problems:
+            raise InputError("\n".join(f"base.loras: {line}" for line in problems))
+        for match in self._matches:
+            logger.info("merging %s", match.summary())
+
+    def _identity(self, name: str, files: Sequence[Path]) -> str:
+        """Tell the weights of a part from all others."""
+        source = self._path if name not in self._named else None
+        if name == "audio_encoder" and self._audio_encoder is not None:
+            source = self._audio_encoder
+        if source is not None and _is_remote(source):
+            # The hub's cache names its folders after revisions.
+            return _resolve(source, "base", CONFIG_FILES).name
+        return " ".join(f"{file.name}={_glance(file)}" for file in files)
+
+
+def empty_denoiser(layout: Layout, text_length: int = 512) -> Denoiser:
+    """Build the denoiser of a base without memory."""
+    # diffusers takes seconds to import, and a recipe is read without it.
+    from kit.models.audio import AudioSizes
+    from kit.models.wan import Wan
+
+    config = layout.denoiser_config("transformer")
+    sizes = AudioSizes(**layout.denoiser_config("audio"))
+    with torch.device("meta"):
+        return Wan(config, audio=sizes, text_length=text_length)
+
+
+def _is_remote(name: str) -> bool:
+    return not Path(name).exists() and HUB_NAME.fullmatch(name) is not None
 
 
 def _glance(file: Path) -> str:
@@ -235,14 +322,9 @@ def _glance(file: Path) -> str:
     return hashlib.sha256(b"%d" % file.stat().st_size + head + tail).hexdigest()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
-
-
 def _resolve(name: str, place: str, patterns: Sequence[str]) -> Path:
-    """Find a local folder, or the local copy of a hub repository, fetching files if need be."""
-    if Path(name).is_dir():
+    """Find what is local, or the local copy of a hub repository, fetching files if need be."""
+    if Path(name).exists():
         return Path(name)
     if HUB_NAME.fullmatch(name) is None:
         raise InputError(f"{place}: there is no folder '{name}'")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from kit.data.shards import Shards
 from kit.errors import InputError
+from kit.models.inspection import Survey, holds_weights, survey_file, survey_folder
+from kit.models.tensor_files import SUFFIXES
 from kit.recipe import Recipe, json_schema, read
 from kit.run.parts import build_fit
 from kit.run.pretrain import build_pretraining
@@ -14,10 +16,10 @@ from kit.run.sample import build_sample
 
 
 def check(paths: Sequence[str], overrides: Sequence[str], report: Callable[[str], None]) -> None:
-    """Check recipes and folders of shards; all of them, even if an early one is wrong.
+    """Check recipes, folders of shards and weights; all of them, even if an early one is wrong.
 
     Args:
-        paths: recipes, or folders that `kit prepare` wrote.
+        paths: recipes, folders that `kit prepare` wrote, files of weights or folders of them.
         overrides: `section.key=value` words, for every recipe.
         report: told what is right.
 
@@ -27,13 +29,14 @@ def check(paths: Sequence[str], overrides: Sequence[str], report: Callable[[str]
     problems = []
     for path in paths:
         try:
-            lines = _shards(Path(path)) if Path(path).is_dir() else _recipe(path, overrides)
+            survey = _survey(path, overrides)
         except InputError as error:
             problems.append(str(error))
         else:
-            report(f"{path}: ok")
-            for line in lines:
+            report(f"{path}: {survey.heading}")
+            for line in survey.lines:
                 report(f"  {line}")
+            problems += [f"{path}: {problem}" for problem in survey.problems]
     if problems:
         raise InputError("\n".join(problems))
 
@@ -48,9 +51,14 @@ def describe(command: str, out: Path | None, report: Callable[[str], None]) -> N
         report(f"{out}: written")
 
 
-def _recipe(path: str, overrides: Sequence[str]) -> list[str]:
-    schema = schema_of(path)
-    return _NOTES[schema.title](read(path, overrides, schema))
+def _survey(name: str, overrides: Sequence[str]) -> Survey:
+    path = Path(name)
+    if path.is_dir():
+        return survey_folder(path) if holds_weights(path) else _shards(path)
+    if path.suffix in SUFFIXES:
+        return survey_file(path)
+    schema = schema_of(name)
+    return Survey("ok", tuple(_NOTES[schema.title](read(name, overrides, schema))))
 
 
 def _fit_notes(recipe: Recipe) -> list[str]:
@@ -96,6 +104,6 @@ def _pretrain_notes(recipe: Recipe) -> list[str]:
 _NOTES = {"fit": _fit_notes, "sample": _sample_notes, "pretrain": _pretrain_notes}
 
 
-def _shards(folder: Path) -> list[str]:
+def _shards(folder: Path) -> Survey:
     shards = Shards(folder)
-    return [f"{len(shards)} clips ({shards.kind})"]
+    return Survey("ok", (f"{len(shards)} clips ({shards.kind})",))
