@@ -252,7 +252,7 @@ def test_speakers_from_json(folder: Path, tmp_path: Path) -> None:
         ('{"speakers": []}', "good.json: speakers: List should have at least 1"),
         ('{"speakers": [{"boxes": [0, 0, 1, 1]}]}', "good.json: speakers.0.boxes: Extra"),
         ('{"speakers": [{"box": [0, 0, 9]}]}', "good.json: speakers.0.box.3: Field required"),
-        ('{"speakers": [{"box": [0, 0, 49, 32]}]}', r"\[0, 0, 49, 32\] of speaker 1 is not"),
+        ('{"speakers": [{"box": [0, 0, 49, 32]}]}', r"speaker 1: the box \[0, 0, 49, 32\] is not"),
         ('{"speakers": [{"mask": "../m.png"}]}', "'../m.png' leads out of the folder"),
         ('{"speakers": [{"audio": "/etc/a.wav"}]}', "'/etc/a.wav' leads out of the folder"),
         ('{"speakers": [{"mask": "no.png"}]}', "no.png cannot be read: there is no such file"),

@@ -41,7 +41,8 @@ def run(task: str, shards: Path, **more: Any) -> Path:
         "name": task,
         "into": "base",
         "task.config": CONFIGS[task],
-        **({"task.start": "null"} if task == "video" else {}),
+        # Turned hues make so short a course of the loss too rough to see it fall.
+        **({"task.start": "null", "task.recolor": 0} if task == "video" else {}),
         "data.path": shards,
         "data.window_frames": 5,
         "data.context_frames": 1,
