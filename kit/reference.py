@@ -1,7 +1,29 @@
 """How reference frames are shown to the denoiser: a kept frame or two, grey ones for the rest."""
 
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
 import torch
 from torch import Tensor
+
+Made = TypeVar("Made")
+
+
+class Unchanged(Generic[Made]):
+    """Makes something of pictures, but not twice of the same ones: a portrait stays what it is.
+
+    Nothing less than a whole window can be encoded: the encoder looks back over 28 latent frames,
+    and in the last of 21 a portrait can still be told from grey.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Made] | None = None
+
+    def __call__(self, make: Callable[[Tensor], Made], pictures: Tensor) -> Made:
+        """Give `make(pictures)`, or what was made last if the pictures are equal to those."""
+        if self._last is None or not torch.equal(self._last[0], pictures):
+            self._last = pictures, make(pictures)
+        return self._last[1]
 
 
 def followed_by_grey(frame: Tensor, num_frames: int) -> Tensor:

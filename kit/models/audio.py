@@ -12,7 +12,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
 from kit.batch import AUDIO_WINDOW
-from kit.models.attention import attend, rotate, rotation, split_heads
+from kit.models.attention import KeysValues, attend, rotate, rotation, split_heads
 
 BAND_WIDTH = 4
 BACKGROUND_POSITION = 12
@@ -45,27 +45,16 @@ class Speakers(NamedTuple):
             the background. A row of zeros is a region without tokens. [B, S + 1, n]
         active: False for slots that only pad the batch. [B, S]
         band_starts: lowest position of each speaker. [B, S]
+        centres: position of each speaker's audio tokens. Those of a sample's video tokens are
+            equal to it where the sample has a single speaker, and nothing is rotated. [B, S]
         is_one_of_several: False where a sample has a single speaker. [B, 1]
     """
 
     regions: Tensor
     active: Tensor
     band_starts: Tensor
+    centres: Tensor
     is_one_of_several: Tensor
-
-
-class Positions(NamedTuple):
-    """Rotary positions of one block's audio cross-attention; equal positions mean no rotation.
-
-    Attributes:
-        query: of each video token, continuous. [B, N]
-        key: of each speaker's audio tokens. [B, S]
-        active: False for slots that only pad the batch. [B, S]
-    """
-
-    query: Tensor
-    key: Tensor
-    active: Tensor
 
 
 class AudioProjector(nn.Module):
@@ -107,32 +96,44 @@ class AudioCrossAttention(nn.Module):
         self.kv_linear = nn.Linear(audio_dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, audio: Tensor, positions: Positions | None) -> Tensor:
+    def forward(self, x: Tensor, heard: KeysValues, positions: Tensor | None) -> Tensor:
         """Attend within each latent frame.
 
         Args:
             x: video tokens. [B, N, D]
-            audio: audio tokens. [B, S, F, K, D']
-            positions: None if every sample has a single speaker.
+            heard: audio tokens of each frame, from `keys_values`. [B * F, S * K, h, d]
+            positions: of the video tokens, continuous; None if all samples have one speaker. [B, N]
         """
-        num_frames, num_tokens = audio.shape[2:4]
         query = split_heads(self.q_linear(x), self.num_heads)  # [B, N, h, d]
+        if positions is not None:
+            query = rotate(query, rotation(positions, query.shape[-1]))
+        by_frame = query.reshape(len(heard.key), -1, *query.shape[2:])  # [B * F, n, h, d]
+        spoken: Tensor = self.proj(attend(by_frame, heard).reshape(x.shape))
+        return spoken
+
+    def keys_values(self, audio: Tensor, speakers: Speakers | None) -> KeysValues:
+        """Find what can be heard in each latent frame. [B, S, F, K, D'] to [B * F, S * K, h, d]"""
+        num_frames, num_tokens = audio.shape[2:4]
         by_frame = audio.transpose(1, 2).flatten(2, 3)  # [B, F, S * K, D']
         key, value = (
             split_heads(half, self.num_heads) for half in self.kv_linear(by_frame).chunk(2, dim=-1)
         )  # [B, F, S * K, h, d]
-        mask = None
-        if positions is not None:
-            dim = query.shape[-1]
-            query = rotate(query, rotation(positions.query, dim))
-            key_positions = positions.key.repeat_interleave(num_tokens, dim=1)
-            key = rotate(key, rotation(key_positions[:, None], dim))
-            mask = positions.active.repeat_interleave(num_tokens, dim=1)
-            mask = mask.repeat_interleave(num_frames, dim=0)[:, None, None]  # [B * F, 1, 1, S * K]
-        query = query.reshape(len(x) * num_frames, -1, *query.shape[2:])  # [B * F, n, h, d]
-        heard = attend(query, key.flatten(0, 1), value.flatten(0, 1), mask)
-        spoken: Tensor = self.proj(heard.reshape(x.shape))
-        return spoken
+        bias = None
+        if speakers is not None:
+            positions = speakers.centres.repeat_interleave(num_tokens, dim=1)
+            key = rotate(key, rotation(positions[:, None], key.shape[-1])).to(value.dtype)
+            value = value.contiguous()  # a view would keep the keys as they were in memory
+            # Alone in a batch, a sample has no empty slots.
+            if len(audio) > 1:
+                bias = silence(speakers.active, num_frames, num_tokens)
+        return KeysValues(key.flatten(0, 1), value.flatten(0, 1), bias)
+
+
+def silence(active: Tensor, num_frames: int, num_tokens: int) -> Tensor:
+    """Hide the audio tokens of empty slots. [B, S] to [B * F, 1, 1, S * K]"""
+    bias = torch.zeros(active.shape, device=active.device).masked_fill(~active, -torch.inf)
+    each_token = bias.repeat_interleave(num_tokens, dim=1)  # [B, S * K]
+    return each_token.repeat_interleave(num_frames, dim=0)[:, None, None]
 
 
 def describe_speakers(masks: Tensor, num_speakers: Tensor, grid: tuple[int, int]) -> Speakers:
@@ -143,8 +144,9 @@ def describe_speakers(masks: Tensor, num_speakers: Tensor, grid: tuple[int, int]
     inside = inside & active[..., None]
     rows = torch.cat([inside, ~inside.any(dim=1, keepdim=True)], dim=1).float()
     regions = rows / rows.sum(dim=-1, keepdim=True).clamp_min(1)
-    several = num_speakers[:, None] > 1
-    return Speakers(regions, active, band_starts(num_speakers, slots), several)
+    several, starts = num_speakers[:, None] > 1, band_starts(num_speakers, slots)
+    centres = (starts + BAND_WIDTH / 2) * several
+    return Speakers(regions, active, starts, centres, several)
 
 
 def band_starts(num_speakers: Tensor, slots: Tensor) -> Tensor:
@@ -157,8 +159,8 @@ def band_starts(num_speakers: Tensor, slots: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def speaker_positions(query: Tensor, key: Tensor, speakers: Speakers) -> Positions:
-    """Place each video token near the speaker to whose region it attends most.
+def speaker_positions(query: Tensor, key: Tensor, speakers: Speakers) -> Tensor:
+    """Place each video token near the speaker to whose region it attends most. [B, N]
 
     Args:
         query: rotated queries of the block's self-attention. [B, N, h, d]
@@ -171,9 +173,7 @@ def speaker_positions(query: Tensor, key: Tensor, speakers: Speakers) -> Positio
     candidates = in_band + speakers.band_starts[..., None]
     candidates = F.pad(candidates, (0, 0, 0, 1), value=BACKGROUND_POSITION)
     nearest = candidates.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
-    centres = speakers.band_starts + BAND_WIDTH / 2
-    several = speakers.is_one_of_several
-    return Positions(nearest * several, centres * several, speakers.active)
+    return nearest * speakers.is_one_of_several
 
 
 def region_scores(query: Tensor, key: Tensor, regions: Tensor) -> Tensor:
@@ -190,5 +190,5 @@ def region_scores(query: Tensor, key: Tensor, regions: Tensor) -> Tensor:
     values = F.pad(regions.transpose(1, 2), (0, max(dim - num_regions, 0)))
     values = values[:, :, None].expand(-1, -1, heads, -1)
     with torch.autocast(query.device.type, enabled=False):
-        mixed = attend(query.float(), key[:, :num_keys].float(), values.float())
+        mixed = attend(query.float(), KeysValues(key[:, :num_keys].float(), values.float()))
     return split_heads(mixed, heads).mean(dim=2)[..., :num_regions].transpose(1, 2)

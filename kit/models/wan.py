@@ -3,7 +3,8 @@
 D is the width of the network, N the number of video tokens, n of them in one latent frame.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,17 +20,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kit.batch import Conditions
-from kit.models.attention import Rotation, attend, frequencies, grid_rotation, rotate, split_heads
+from kit.models.attention import (
+    KeysValues,
+    attend,
+    frequencies,
+    grid_rotation,
+    padding_bias,
+    rotate,
+    split_heads,
+)
 from kit.models.audio import (
     AudioCrossAttention,
     AudioProjector,
     AudioSizes,
-    Positions,
     Speakers,
     describe_speakers,
     speaker_positions,
 )
 from kit.models.base import Denoiser
+from kit.models.cpu import fast_products
+from kit.models.memory import Memory, Once, afresh
 
 SELF_ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 CROSS_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
@@ -43,24 +53,38 @@ AUDIO_ATTENTION = (
 AUDIO_PROJECTOR = ("proj1", "proj1_vf", "proj2", "proj3")
 
 
+class Text(NamedTuple):
+    """What the text says.
+
+    Attributes:
+        tokens: the last two may stand for all padding. [B, L, D]
+        bias: added to the scores of the tokens; None if each stands for itself. [1, 1, 1, L]
+    """
+
+    tokens: Tensor
+    bias: Tensor | None
+
+
 class Context(NamedTuple):
     """What every block gets beside the video tokens.
 
     Attributes:
         modulation: shift, scale and gate of self-attention, then of the FFN; float32. [B, 6, D]
-        rotation: angles of the video tokens.
-        text: text tokens, padding included. [B, L, D]
+        rotation: how the video tokens turn.
+        text: text tokens.
         image: tokens of the reference frame. [B, K, D]
         audio: audio tokens. [B, S, F, K', D']
         speakers: None if every sample has a single speaker.
+        once: computes keys and values, which depend on nothing but the tokens above.
     """
 
     modulation: Tensor
-    rotation: Rotation
-    text: Tensor
+    rotation: Tensor
+    text: Text
     image: Tensor
     audio: Tensor
     speakers: Speakers | None
+    once: Once
 
 
 class Block(nn.Module):
@@ -86,11 +110,21 @@ class Block(nn.Module):
     def _update(self, x: Tensor, context: Context) -> Tensor:
         modulation = self.scale_shift_table.float() + context.modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.chunk(6, dim=1)
-        seen, positions = self_attention(self.attn1, modulate(self.norm1(x), shift, scale), context)
-        x = add_gated(x, seen, gate)
-        x = x + cross_attention(self.attn2, self.norm2(x), context.text, context.image)
-        x = x + self.audio_cross_attn(self.norm_x(x), context.audio, positions)
-        return add_gated(x, self.ffn(modulate(self.norm3(x), ffn_shift, ffn_scale)), ffn_gate)
+        text = context.once(text_keys_values, self.attn2, context.text)
+        image = context.once(image_keys_values, self.attn2, context.image)
+        heard = context.once(self.audio_cross_attn.keys_values, context.audio, context.speakers)
+
+        def read(some: Tensor) -> Tensor:
+            return some + cross_attention(self.attn2, self.norm2(some), text, image)
+
+        def think(some: Tensor) -> Tensor:
+            changed = self.ffn(modulate(self.norm3, some, ffn_shift, ffn_scale))
+            return add_gated(some, changed, ffn_gate)
+
+        seen, positions = self_attention(self.attn1, modulate(self.norm1, x, shift, scale), context)
+        x = by_pieces(read, add_gated(x, seen, gate))
+        x = x + self.audio_cross_attn(self.norm_x(x), heard, positions)
+        return by_pieces(think, x)
 
 
 class Wan(Denoiser):
@@ -117,44 +151,85 @@ class Wan(Denoiser):
         )
         self.audio_proj = AudioProjector(audio)
 
-    def forward(self, noisy: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """Predict the velocity; see `Denoiser.forward`."""
+    def forward(
+        self, noisy: Tensor, sigma: Tensor, conditions: Conditions, once: Once = afresh
+    ) -> Tensor:
+        """Predict the velocity; see `Denoiser.forward`.
+
+        Args:
+            noisy: as there.
+            sigma: as there.
+            conditions: as there.
+            once: computes what depends on nothing but them.
+        """
+        with fast_products(noisy.device):
+            return self._predict(noisy, sigma, conditions, once)
+
+    def remembering(self) -> "partial[Tensor]":
+        """Give this network with a memory of what it computed from the same conditions.
+
+        It keeps the keys and values of all blocks: for the public weights in bfloat16 and 21 latent
+        frames 0.4 GB for caption, negative text and reference frame, and 0.6 GB for each speaker
+        and for silence.
+        """
+        return partial(self, once=Memory())
+
+    def _predict(self, noisy: Tensor, sigma: Tensor, conditions: Conditions, once: Once) -> Tensor:
         net = self.transformer
         num_frames, height, width = noisy.shape[2:]
         mask = conditions.reference_mask[..., None, None].expand(-1, -1, -1, height, width)
         channels = torch.cat([noisy, mask, conditions.reference], dim=1)  # [B, 36, F, H, W]
-        dtype = net.patch_embedding.weight.dtype
-        x = net.patch_embedding(channels.to(dtype)).flatten(2).transpose(1, 2)  # [B, N, D]
+        x = net.patch_embedding(channels.to(self._dtype)).flatten(2).transpose(1, 2)  # [B, N, D]
         time, modulation = embed_time(net.condition_embedder, sigma)
         grid = (num_frames, height // 2, width // 2)
-        context = self._context(conditions, modulation, grid, dtype)
+        context = self._context(conditions, modulation, grid, once)
         for block in net.blocks:
             x = block(x, context)
         return unpatchify(predict(net, x, time), grid)
 
     def _context(
-        self,
-        conditions: Conditions,
-        modulation: Tensor,
-        grid: tuple[int, int, int],
-        dtype: torch.dtype,
+        self, conditions: Conditions, modulation: Tensor, grid: tuple[int, int, int], once: Once
     ) -> Context:
-        embedder = self.transformer.condition_embedder
-        missing = self.text_length - conditions.text.shape[1]
-        text = F.pad(conditions.text.to(dtype), (0, 0, 0, missing))
-        speakers = None
-        if conditions.audio.shape[1] > 1:
-            masks, counts = conditions.speaker_masks, conditions.num_speakers
-            speakers = describe_speakers(masks, counts, grid[1:])
         head_dim = self.transformer.config.attention_head_dim
+        masks, counts = conditions.speaker_masks, conditions.num_speakers
         return Context(
             modulation=modulation,
             rotation=grid_rotation(grid, head_dim, modulation.device),
-            text=embedder.text_embedder(text),
-            image=embedder.image_embedder(conditions.image.to(dtype)),
-            audio=self.audio_proj(conditions.audio.to(dtype)),
-            speakers=speakers,
+            text=once(self._embed_text, conditions.text),
+            image=once(self._embed_image, conditions.image),
+            audio=once(self._embed_audio, conditions.audio, counts),
+            speakers=once(self._find_speakers, masks, counts),
+            once=once,
         )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.transformer.patch_embedding.weight.dtype
+        return dtype
+
+    def _embed_text(self, text: Tensor) -> Text:
+        """Embed text, padded with zero rows; many are one and the same, so that two will do."""
+        length, bias = text.shape[1], None
+        missing = self.text_length - length
+        if missing > 2:
+            bias = padding_bias(length + 2, missing, text.device)
+            missing = 2
+        padded = F.pad(text.to(self._dtype), (0, 0, 0, missing))
+        return Text(self.transformer.condition_embedder.text_embedder(padded), bias)
+
+    def _embed_image(self, image: Tensor) -> Tensor:
+        tokens: Tensor = self.transformer.condition_embedder.image_embedder(image.to(self._dtype))
+        return tokens
+
+    def _embed_audio(self, audio: Tensor, num_speakers: Tensor) -> Tensor:
+        tokens: Tensor = self.audio_proj(_without_empty(audio, num_speakers).to(self._dtype))
+        return tokens
+
+    def _find_speakers(self, masks: Tensor, num_speakers: Tensor) -> Speakers | None:
+        masks = _without_empty(masks, num_speakers)
+        if masks.shape[1] == 1:
+            return None
+        return describe_speakers(masks, num_speakers, (masks.shape[2] // 2, masks.shape[3] // 2))
 
     def blocks(self) -> Sequence[nn.Module]:
         """List the blocks in order."""
@@ -187,31 +262,72 @@ class Wan(Denoiser):
         return [f"transformer.blocks.{number}.{name}" for number in numbers for name in names]
 
 
+def _without_empty(slots: Tensor, num_speakers: Tensor) -> Tensor:
+    """Leave out slots that no sample uses: a single speaker needs no places. [B, S, ...]"""
+    return slots[:, : int(num_speakers.max())] if slots.shape[1] > 1 else slots
+
+
 def self_attention(
     attention: WanAttention, x: Tensor, context: Context
-) -> tuple[Tensor, Positions | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attend to all video tokens; the same queries and keys place the tokens near speakers."""
-    query = split_heads(normalize(attention.norm_q, attention.to_q(x)), attention.heads)
-    key = split_heads(normalize(attention.norm_k, attention.to_k(x)), attention.heads)
-    value = split_heads(attention.to_v(x), attention.heads)
-    query, key = rotate(query, context.rotation), rotate(key, context.rotation)
+    seen, positions = look_around(attention, x, context)
+    return attention.to_out[0](seen), positions
+
+
+def look_around(
+    attention: WanAttention, x: Tensor, context: Context
+) -> tuple[Tensor, Tensor | None]:
+    """Do all of self-attention but the output projection, which then needs no queries and keys."""
+    heads, turn = attention.heads, context.rotation
+    query, key = (
+        rotate(split_heads(normalize(norm, project(x)), heads), turn).to(x.dtype)
+        for project, norm in (
+            (attention.to_q, attention.norm_q),
+            (attention.to_k, attention.norm_k),
+        )
+    )
+    value = split_heads(attention.to_v(x), heads)
     positions = None
     if context.speakers is not None:
         positions = speaker_positions(query, key, context.speakers)
-    return attention.to_out[0](attend(query, key, value)), positions
+    return attend(query, KeysValues(key, value)), positions
 
 
-def cross_attention(attention: WanAttention, x: Tensor, text: Tensor, image: Tensor) -> Tensor:
+def cross_attention(
+    attention: WanAttention, x: Tensor, text: KeysValues, image: KeysValues
+) -> Tensor:
     """Attend to text and to image tokens with one query, and sum before the output projection."""
-    heads = attention.heads
-    query = split_heads(normalize(attention.norm_q, attention.to_q(x)), heads)
-    text_key = split_heads(normalize(attention.norm_k, attention.to_k(text)), heads)
-    read = attend(query, text_key, split_heads(attention.to_v(text), heads))
-    to_key, to_value = cast(nn.Module, attention.add_k_proj), cast(nn.Module, attention.add_v_proj)
-    image_key = split_heads(normalize(attention.norm_added_k, to_key(image)), heads)
-    seen = attend(query, image_key, split_heads(to_value(image), heads))
-    projected: Tensor = attention.to_out[0](read + seen)
+    query = split_heads(normalize(attention.norm_q, attention.to_q(x)), attention.heads)
+    projected: Tensor = attention.to_out[0](attend(query, text) + attend(query, image))
     return projected
+
+
+def text_keys_values(attention: WanAttention, text: Text) -> KeysValues:
+    """Find what can be read in the text."""
+    key = split_heads(normalize(attention.norm_k, attention.to_k(text.tokens)), attention.heads)
+    return KeysValues(key, split_heads(attention.to_v(text.tokens), attention.heads), text.bias)
+
+
+def image_keys_values(attention: WanAttention, image: Tensor) -> KeysValues:
+    """Find what can be seen in the reference frame."""
+    to_key, to_value = cast(nn.Module, attention.add_k_proj), cast(nn.Module, attention.add_v_proj)
+    key = split_heads(normalize(attention.norm_added_k, to_key(image)), attention.heads)
+    return KeysValues(key, split_heads(to_value(image), attention.heads))
+
+
+def by_pieces(update: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Update tokens that do not see each other, without gradients a quarter of them at a time.
+
+    What is needed on the way, such as the wide layer inside a feed-forward layer, is then no larger
+    than the tokens themselves. [B, N, D]
+    """
+    if torch.is_grad_enabled():
+        return update(x)
+    updated = torch.empty_like(x)
+    for some, target in zip(x.chunk(4, dim=1), updated.chunk(4, dim=1), strict=True):
+        target.copy_(update(some))
+    return updated
 
 
 def normalize(norm: nn.RMSNorm, x: Tensor) -> Tensor:
@@ -219,14 +335,15 @@ def normalize(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return (F.rms_norm(x.float(), x.shape[-1:], eps=norm.eps).to(x.dtype) * norm.weight).to(x.dtype)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Scale and shift in float32. [B, N, D]"""
-    return (x.float() * (1 + scale) + shift).to(x.dtype)
+def modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalise, round to the input's dtype, then scale and shift in float32. [B, N, D]"""
+    normed = F.layer_norm(x, norm.normalized_shape, eps=norm.eps).to(x.dtype)
+    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
 
 
 def add_gated(x: Tensor, change: Tensor, gate: Tensor) -> Tensor:
     """Add in float32. [B, N, D]"""
-    return (x.float() + change.float() * gate).to(x.dtype)
+    return torch.addcmul(x, change, gate).to(x.dtype)
 
 
 def embed_time(embedder: WanTimeTextImageEmbedding, sigma: Tensor) -> tuple[Tensor, Tensor]:

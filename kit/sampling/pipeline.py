@@ -1,7 +1,7 @@
 """From a portrait or source video, text and speech to video frames, chunk by chunk."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
@@ -15,7 +15,7 @@ from kit.batch import Conditions
 from kit.draws import draw_normal
 from kit.flow import hold_context
 from kit.models.base import Encoders
-from kit.reference import between_grey, followed_by_grey, reference_mask
+from kit.reference import Unchanged, between_grey, followed_by_grey, reference_mask
 from kit.sampling.chunks import Chunk, Progress, plan_chunks, show, speech_frames_needed
 from kit.sampling.color import match_color
 from kit.solvers import SOLVERS, sigma_schedule
@@ -116,6 +116,7 @@ class EncodedScene:
         speech: features of the whole video and a little beyond. [S, T, M, D]
         num_frames: frames of the whole video.
         speaker_masks: as in the scene. [S, H, W]
+        references: encodes the reference of a chunk, unless it is that of the chunk before.
     """
 
     text: Tensor
@@ -123,6 +124,7 @@ class EncodedScene:
     speech: Tensor
     num_frames: int
     speaker_masks: Tensor
+    references: Unchanged[tuple[Tensor, Tensor]] = field(default_factory=Unchanged)
 
 
 class TalkSampler:
@@ -144,6 +146,7 @@ class TalkSampler:
             frame made and the source's at the chunk's end. The two latter are baselines.
         solver: how to step between noise levels.
         together: all guidance branches in one forward pass; False takes a third of the memory.
+        remember: keep what all steps of a chunk share; False computes it in each step again.
 
     Source: InfiniteTalk, its released sampling loop; defaults are its 480 p settings.
     """
@@ -163,6 +166,7 @@ class TalkSampler:
         continuity: Literal["source", "last_frame", "both_ends"] = "source",
         solver: Literal["euler"] = "euler",
         together: bool = True,
+        remember: bool = True,
     ) -> None:
         self.sigmas = sigma_schedule(steps, shift)
         self.text_scale = text_scale
@@ -175,6 +179,7 @@ class TalkSampler:
         self.continuity = continuity
         self.step = SOLVERS[solver]
         self.together = together
+        self.remember = remember
 
     def problems(self, frame_stride: int) -> list[str]:
         """List what is wrong with the options for a base's frame stride, in words."""
@@ -246,8 +251,13 @@ class TalkSampler:
                 context = encoders.encode_video(given[None])  # [1, C, f, H, W]
             if not scene.has_reference:
                 conditions = guidance.drop_image(guidance.drop_reference(conditions))
-            guided = self.guided(denoiser, conditions, encoded.null_text)
-            latents = self.denoise(guided, noise, context, partial(on_step, chunk))
+            # Not named here, so that what it remembers is gone before decoding needs the memory.
+            latents = self.denoise(
+                self.guided(denoiser, conditions, encoded.null_text),
+                noise,
+                context,
+                partial(on_step, chunk),
+            )
             pixels = encoders.decode_video(latents)[0]
             if scene.has_reference:
                 pixels = match_color(pixels, color.to(pixels), self.color_correction)
@@ -288,7 +298,9 @@ class TalkSampler:
         # What branches share stays one and the same object, so that it is remembered once.
         given = list(asked.values())
         passes = [Conditions.cat(given)] if self.together else given
-        predict = denoiser.remembering() if isinstance(denoiser, Remembering) else denoiser
+        predict = denoiser
+        if self.remember and isinstance(denoiser, Remembering):
+            predict = denoiser.remembering()
 
         def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
             predicted: list[Tensor] = []
@@ -342,20 +354,32 @@ def chunk_conditions(
         frame: the chunk's reference picture, -1 to 1. [3, height, width]
         last: its last frame, if that is given. [3, height, width]
     """
-    frames = followed_by_grey(frame, chunk.num_frames)
-    if last is not None:
-        frames = between_grey(frame, last, chunk.num_frames)
-    reference = encoders.encode_video(frames[None])
+    given = [frame] if last is None else [frame, last]
+    # A source's pictures are on the CPU, those that were made where they were decoded.
+    pictures = torch.stack([picture.cpu() for picture in given])
+    reference, image = encoded.references(
+        partial(_encode_reference, encoders, chunk.num_frames), pictures
+    )
     audio = speech_windows(encoded.speech, chunk.start, chunk.num_frames)
     return Conditions(
         text=encoded.text,
-        image=encoders.encode_image(frame[None]),
+        image=image,
         reference=reference,
         reference_mask=reference_mask(last is not None, reference.shape[2]),
         audio=audio[None],
         num_speakers=torch.tensor([len(audio)]),
         speaker_masks=encoded.speaker_masks[None],
     )
+
+
+def _encode_reference(
+    encoders: Encoders, num_frames: int, pictures: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Encode one or two pictures with grey frames to the latents and image features of a chunk."""
+    frames = followed_by_grey(pictures[0], num_frames)
+    if len(pictures) == 2:
+        frames = between_grey(pictures[0], pictures[1], num_frames)
+    return encoders.encode_video(frames[None]), encoders.encode_image(pictures[:1])
 
 
 def _noise(like: Tensor, seed: int, chunk: Chunk) -> Tensor:
