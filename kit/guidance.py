@@ -5,13 +5,17 @@ silent audio, `none` the negative text and silent audio.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kit.batch import Conditions
+
+Combine = Callable[[Mapping[str, Tensor], float, float], Tensor]
+"""(velocities of `branches`, text scale, audio scale) -> velocity."""
 
 
 def drop_text(conditions: Conditions, null_text: Tensor) -> Conditions:
@@ -144,6 +148,23 @@ class Projection:
         along = (limited.double() * direction).sum() * direction
         aside: Tensor = limited.double() - along
         return aside.to(full.dtype)
+
+
+def combine_plainly() -> Combine:
+    """Make `combine` for a chunk."""
+    return combine
+
+
+def combine_by_projection() -> Combine:
+    """Make `combine_projected` for a chunk, with nothing to remember yet."""
+    return partial(combine_projected, project=Projection())
+
+
+GUIDANCES: dict[str, Callable[[], Combine]] = {
+    "plain": combine_plainly,
+    "projected": combine_by_projection,
+}
+"""How the branches of a chunk are combined."""
 
 
 def _is_off(scale: float) -> bool:

@@ -18,7 +18,8 @@ from kit.models.wan import Wan
 from kit.sampling.chunks import Chunk
 from kit.sampling.color import rgb_to_lab
 from kit.sampling.frames import StillSource, VideoSource, to_pictures, to_pixels
-from kit.sampling.pipeline import Scene, TalkSampler, no_progress
+from kit.sampling.pipeline import TalkSampler, no_progress
+from kit.sampling.scene import Scene, chunk_conditions
 
 MakeWan = Callable[[], Wan]
 PORTRAIT = to_pictures(draw_normal((1, 3, 40, 36), "portrait").tanh())[0]
@@ -213,3 +214,79 @@ def test_without_reference_the_source_tells_only_the_size(
     ]
     assert torch.equal(frames[0], frames[1])
     assert not torch.allclose(frames[0], frames[2], atol=0.01)
+
+
+def test_projected_guidance_begins_anew_with_each_chunk(
+    denoiser: Wan, tiny_encoders: Encoders
+) -> None:
+    scene = make_scene(12)
+    plain, projected = (
+        torch.cat(sample(make_sampler(guidance=name), denoiser, tiny_encoders, scene))
+        for name in ("plain", "projected")
+    )
+    assert not torch.allclose(plain, projected, atol=0.01)
+    sampler, conditions = make_sampler(guidance="projected", steps=1), one_chunk(tiny_encoders)
+    noisy, sigma = draw_normal(tuple(conditions.reference.shape), "noise"), torch.tensor(0.9)
+    with torch.no_grad():
+        first = sampler.guided(denoiser, conditions, conditions.text)
+        velocities = [first(noisy, sigma), first(noisy, sigma)]
+        again = sampler.guided(denoiser, conditions, conditions.text)(noisy, sigma)
+    assert torch.equal(velocities[0], again)
+    assert not torch.allclose(velocities[1], again, atol=1e-3)
+
+
+def one_chunk(encoders: Encoders) -> Conditions:
+    """Encode what steers the first chunk of a scene."""
+    sampler, scene = make_sampler(), make_scene(9)
+    encoded = sampler.encode(encoders, scene)
+    (chunk,) = sampler.plan(encoded.num_frames)
+    return chunk_conditions(encoders, encoded, chunk, scene.source.frame(0))
+
+
+class Travelling(nn.Module):
+    """A denoiser that notes where it is told to be, and where it is when it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.journal: list[str] = []
+
+    def to(self, *args: Any, **kwargs: Any) -> "Travelling":
+        self.journal.append(f"to {args[0]}")
+        return self
+
+    def forward(self, noisy: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        self.journal.append("predict")
+        return torch.zeros_like(noisy)
+
+
+class Watching:
+    """Encoders that note in a denoiser's journal when they work on video."""
+
+    def __init__(self, encoders: Encoders, journal: list[str]) -> None:
+        self.encoders, self.journal = encoders, journal
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("encode_video", "decode_video"):
+            self.journal.append(name)
+        return getattr(self.encoders, name)
+
+
+def test_a_denoiser_leaves_the_device_while_encoders_work(tiny_encoders: Encoders) -> None:
+    scale = {"text_scale": 1.0, "audio_scale": 1.0}
+    denoiser = Travelling()
+    encoders: Any = Watching(tiny_encoders, denoiser.journal)
+    sample(make_sampler(offload=True, steps=1, **scale), denoiser, encoders, make_scene(12))
+    first = ["encode_video", "encode_video", "to cpu", "predict", "to cpu", "decode_video"]
+    # The reference of the second chunk is that of the first, so that only its context is encoded.
+    assert denoiser.journal == first + first[1:]
+    denoiser.journal.clear()
+    sample(make_sampler(steps=1, **scale), denoiser, tiny_encoders, make_scene(12))
+    assert set(denoiser.journal) == {"predict"}
+
+
+def test_offloading_changes_no_frame(denoiser: Wan, tiny_encoders: Encoders) -> None:
+    made = [
+        torch.cat(sample(make_sampler(offload=o), denoiser, tiny_encoders, make_scene(12)))
+        for o in (False, True)
+    ]
+    assert torch.equal(*made)

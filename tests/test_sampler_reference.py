@@ -21,7 +21,8 @@ from kit.models.wan import Wan
 from kit.sampling.chunks import Chunk
 from kit.sampling.color import match_color
 from kit.sampling.frames import StillSource
-from kit.sampling.pipeline import Scene, TalkSampler, chunk_conditions
+from kit.sampling.pipeline import TalkSampler
+from kit.sampling.scene import Scene, chunk_conditions
 
 REFERENCE = Path(__file__).parents[2] / "shared/fixtures/infinitetalk/sampler_single.safetensors"
 

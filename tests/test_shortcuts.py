@@ -20,7 +20,8 @@ from kit.models.cpu import QUERIES_AT_ONCE, OneDnnProducts, fast_products, mixed
 from kit.models.wan import Wan, by_pieces
 from kit.reference import Unchanged, first_frame_mask, followed_by_grey
 from kit.sampling.frames import StillSource, to_pictures
-from kit.sampling.pipeline import Scene, Source, TalkSampler, no_progress
+from kit.sampling.pipeline import TalkSampler, no_progress
+from kit.sampling.scene import Scene, Source
 
 MakeWan = Callable[[], Wan]
 NOISY, SIGMA = draw_normal((1, 16, 3, 8, 8), "noisy"), torch.tensor(0.7)

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from kit.draws import draw_normal
 from kit.metrics.mouth import box_regions, opening_by_color
 from kit.metrics.sync import lip_sync, speech_envelope
 from kit.models.base import Denoiser, Encoders
@@ -19,7 +21,8 @@ from kit.models.wan_base import WanBase
 from kit.run.fit import fit
 from kit.run.prepare import prepare
 from kit.sampling.frames import StillSource, to_pictures
-from kit.sampling.pipeline import Scene, TalkSampler, no_progress
+from kit.sampling.pipeline import TalkSampler, no_progress
+from kit.sampling.scene import Scene
 from kit.studio.characters import MOUTH
 from kit.studio.drawing import paint_frames
 from kit.studio.scenes import Take, World, draw_clip, truth
@@ -130,3 +133,23 @@ def test_two_hundred_steps_from_the_base_lower_the_loss(
         losses = [float(row["loss/velocity"]) for row in csv.DictReader(file)]
     assert len(losses) == 200
     assert statistics.mean(losses[-50:]) < 0.9 * statistics.mean(losses[:50])
+
+
+def test_tiled_decoding_is_nearly_that_of_whole_frames() -> None:
+    whole, tiled = (
+        WanBase(path=str(BASE), dtype="float32", decode_tile=tile).load_encoders(
+            torch.device("cpu")
+        )
+        for tile in (None, 96)
+    )
+    coarse = draw_normal((1, 27, 5, 5), "coarse")
+    pixels = F.interpolate(coarse, (128, 160), mode="bicubic").view(1, 3, 9, 128, 160).clamp(-1, 1)
+    latents = whole.encode_video(pixels)
+    assert torch.equal(tiled.encode_video(pixels), latents)
+    expected, decoded = whole.decode_video(latents), tiled.decode_video(latents)
+    assert decoded.shape == expected.shape
+    assert not torch.equal(decoded, expected)
+    assert (decoded - expected).abs().mean() < 0.02
+    assert expected.std() > 0.2
+    small = latents[..., :8, :8]
+    assert torch.equal(tiled.decode_video(small), whole.decode_video(small))

@@ -15,7 +15,8 @@ from kit.models.base import Encoders
 from kit.objectives.flow_matching import noisy_latents
 from kit.sampling.chunks import Progress
 from kit.sampling.frames import to_pictures, to_pixels
-from kit.sampling.pipeline import Scene, TalkSampler, no_progress
+from kit.sampling.pipeline import TalkSampler, no_progress
+from kit.sampling.scene import Scene
 
 SEED, WINDOW, CONTEXT, SIZE = 5, 9, 5, 32
 CLIP = to_pictures(draw_normal((30, 3, SIZE, SIZE), "clip").tanh())

@@ -25,7 +25,7 @@ from kit.metrics.drift import color_drift, motion_energy, seam_ratio
 from kit.metrics.mouth import opening_by_color
 from kit.metrics.report import Known
 from kit.metrics.sync import lip_sync, silence_opening, speech_envelope
-from kit.sampling.pipeline import Scene
+from kit.sampling.scene import Scene
 from kit.studio.captions import Speaking
 from kit.studio.mouth import FPS
 from kit.studio.scenes import Take

@@ -13,7 +13,8 @@ from kit.models.base import Base, Denoiser, Encoders
 from kit.run.recipes import SAMPLE, read_as
 from kit.run.sample import build_sample, load_with_adapter
 from kit.sampling.frames import to_pictures
-from kit.sampling.pipeline import Scene, TalkSampler, no_progress
+from kit.sampling.pipeline import TalkSampler, no_progress
+from kit.sampling.scene import Scene
 from kit.studio.mouth import FPS
 
 FROM_PORTRAIT, FROM_WORDS = "recipes/studio/talk.yaml", "recipes/studio/from_words.yaml"

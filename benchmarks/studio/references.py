@@ -29,7 +29,7 @@ from kit.metrics.drift import color_drift, motion_energy, seam_ratio
 from kit.metrics.identity import color_identity
 from kit.metrics.sync import lip_sync, speech_envelope
 from kit.sampling.frames import to_pixels
-from kit.sampling.pipeline import Scene
+from kit.sampling.scene import Scene
 from kit.shipped import resolve
 from kit.studio.drawing import paint_frames
 from kit.studio.mouth import FPS

@@ -13,7 +13,7 @@ from kit.metrics.mouth import box_regions, opening_by_color
 from kit.metrics.report import Known
 from kit.models.base import Geometry
 from kit.sampling.frames import StillSource
-from kit.sampling.pipeline import Scene
+from kit.sampling.scene import Scene
 from kit.studio.captions import Speaking
 from kit.studio.characters import MOUTH
 from kit.studio.drawing import paint_frames

@@ -47,10 +47,21 @@ UNREAD_PARAMETERS = {"masked_spec_embed"}
 
 
 class VideoEncoder:
-    """Wan's video autoencoder with the normalisation of latents that diffusers leaves out."""
+    """Wan's video autoencoder with the normalisation of latents that diffusers leaves out.
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    Args:
+        vae: diffusers' network.
+        decode_tile: side of the tiles that are decoded one by one, in pixels; None is whole frames.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, decode_tile: int | None = None) -> None:
         self.vae = vae
+        self._decode = vae.decode
+        if decode_tile is not None:
+            overlapping = decode_tile * 3 // 4
+            vae.enable_tiling(decode_tile, decode_tile, overlapping, overlapping)
+            vae.use_tiling = False  # of encoding, whose results training must find again
+            self._decode = vae.tiled_decode
         statistics = (vae.config["latents_mean"], vae.config["latents_std"])
         self._mean, self._std = (
             torch.tensor(values, device=vae.device).view(-1, 1, 1, 1) for values in statistics
@@ -64,7 +75,7 @@ class VideoEncoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [C, F, h, w] of one video and clamp to -1 to 1. [3, T, H, W]"""
         given = self._given(latents * self._std.to(latents) + self._mean.to(latents))
-        video: Tensor = self.vae.decode(given).sample[0].float()
+        video: Tensor = self._decode(given).sample[0].float()
         return video.clamp(-1, 1)
 
     def _given(self, values: Tensor) -> Tensor:
@@ -153,6 +164,7 @@ class WanEncoders:
         fps: frames per second of speech features.
         text_length: text tokens at most.
         random_weights: seed to draw weights from where there are none; None reads all of them.
+        decode_tile: see `VideoEncoder`.
     """
 
     def __init__(
@@ -165,6 +177,7 @@ class WanEncoders:
         fps: int,
         text_length: int,
         random_weights: int | None,
+        decode_tile: int | None = None,
     ) -> None:
         self.device = device
         self._layout = layout
@@ -173,6 +186,7 @@ class WanEncoders:
         self._fps = fps
         self._text_length = text_length
         self._seed = random_weights
+        self._decode_tile = decode_tile
 
     @torch.no_grad()
     def encode_video(self, pixels: Tensor) -> Tensor:
@@ -212,7 +226,7 @@ class WanEncoders:
     def _video(self) -> VideoEncoder:
         vae: AutoencoderKLWan = self._load("vae", self._video_dtype)
         prefer_channels_last(vae)
-        return VideoEncoder(vae)
+        return VideoEncoder(vae, self._decode_tile)
 
     @cached_property
     def _text(self) -> TextEncoder:

@@ -63,6 +63,8 @@ class WanBase(Base):
         loras: LoRA files to merge into the denoiser while it is read.
         dtype: of the denoiser and the text encoder; parts that need float32 keep it.
         video_dtype: of the video autoencoder; on a CPU, bfloat16 is several times as fast.
+        decode_tile: side in pixels of the overlapping tiles in which videos are decoded, so that
+            less memory is needed; whole frames without it. Their borders are blended.
         random_weights: seed from which the weights of parts without weight files are drawn; such
             parts need only their configurations. For tests, demonstrations and new small bases.
         text_length: text tokens that the network sees; the public weights expect 512.
@@ -81,6 +83,7 @@ class WanBase(Base):
         loras: Sequence[LoraFile] = (),
         dtype: Dtype = "bfloat16",
         video_dtype: Dtype = "float32",
+        decode_tile: Annotated[int, Field(ge=64, multiple_of=32)] | None = None,
         random_weights: Annotated[int | None, Field(ge=0)] = None,
         text_length: Annotated[int, Field(ge=1)] = 512,
     ) -> None:
@@ -97,6 +100,7 @@ class WanBase(Base):
         self._loras = tuple(loras)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._video_dtype: torch.dtype = getattr(torch, video_dtype)
+        self._decode_tile = decode_tile
         self._seed = random_weights
         self._text_length = text_length
 
@@ -192,6 +196,7 @@ class WanBase(Base):
             fps=self.geometry.fps,
             text_length=self._text_length,
             random_weights=self._seed,
+            decode_tile=self._decode_tile,
         )
 
     def empty_denoiser(self) -> Denoiser:

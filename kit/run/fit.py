@@ -20,7 +20,7 @@ from kit.recipe import Recipe
 from kit.run.parts import FitParts, build_fit
 from kit.run.recipes import FIT, read_as
 from kit.run.scenes import build_measure, load_portrait, load_track, one_speaker
-from kit.sampling.pipeline import Scene
+from kit.sampling.scene import Scene
 from kit.training.checkpoints import newest_checkpoint, require_same_recipe, step_of
 from kit.training.curves import read_curves
 from kit.training.ema import AdapterEMA

@@ -58,6 +58,8 @@ def build_fit(recipe: Recipe) -> FitParts:
         preview=recipe.build("preview") if "preview" in recipe else None,
     )
     problems += parts.sampler.problems(base.geometry.frame_stride)
+    if parts.sampler.offload:
+        problems.append("sampling.offload: a network in training cannot leave its device")
     problems += _picture_problems(recipe, parts.preview)
     trains_whole_parts = bool(parts.adapter.train_fully)
     is_half = recipe.values["base"].get("dtype") == "bfloat16"

@@ -27,7 +27,8 @@ from kit.run.scenes import Size, build_measure, load_portrait, no_reference, ope
 from kit.run.unfinished import UnfinishedVideo, identify
 from kit.sampling.chunks import Chunk
 from kit.sampling.frames import to_pictures
-from kit.sampling.pipeline import Scene, Source, TalkSampler
+from kit.sampling.pipeline import TalkSampler
+from kit.sampling.scene import Scene, Source
 
 
 def sample(
@@ -188,7 +189,8 @@ def _make(
             bar.set_description(f"chunk {chunk.index + 1}/{len(chunks)}")
             bar.update()
 
-        denoiser = load_with_adapter(base, recipe["adapter"], device)
+        waits_at = torch.device("cpu") if sampler.offload else device
+        denoiser = load_with_adapter(base, recipe["adapter"], waits_at)
         encoders = base.load_encoders(device)
         seed = recipe["seed"]
         made = sampler.sample(denoiser, encoders, scene, seed, advance, video.progress)

@@ -16,7 +16,7 @@ from kit.metrics.video_report import Measure, open_measure
 from kit.models.base import Geometry
 from kit.recipe import Recipe
 from kit.sampling.frames import StillSource, VideoSource, to_pictures
-from kit.sampling.pipeline import Scene, Source
+from kit.sampling.scene import Scene, Source
 
 Size = tuple[int, int]
 """Height and width of a video in pixels."""

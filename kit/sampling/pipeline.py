@@ -1,25 +1,27 @@
 """From a portrait or source video, text and speech to video frames, chunk by chunk."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from kit import guidance
 from kit.batch import Conditions
+from kit.devices import visiting
 from kit.draws import draw_normal
 from kit.flow import hold_context
+from kit.guidance import GUIDANCES, branches, drop_image, drop_reference
 from kit.models.base import Encoders
-from kit.reference import Unchanged, between_grey, followed_by_grey, reference_mask
 from kit.sampling.chunks import Chunk, Progress, plan_chunks, show, speech_frames_needed
 from kit.sampling.color import match_color
+from kit.sampling.continuity import CONTINUITIES
+from kit.sampling.scene import EncodedScene, Scene, chunk_conditions
 from kit.solvers import SOLVERS, sigma_schedule
-from kit.speech import mirror_end, speech_windows
+from kit.speech import mirror_end
 
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
 """A denoiser: (noisy, sigma, conditions) -> velocity."""
@@ -37,96 +39,6 @@ OnStep = Callable[[Chunk, int], None]
 """Told after each denoising step: the chunk and how many of its steps are done."""
 
 
-class Source(Protocol):
-    """Where reference frames come from."""
-
-    def frame(self, index: int) -> Tensor:
-        """Give the picture at the time of video frame `index`, -1 to 1. [3, height, width].
-
-        Asked with rising numbers; behind its end a source repeats its last picture.
-        """
-
-
-class Ends(NamedTuple):
-    """The pictures that a chunk is given: its reference, and its last frame or None."""
-
-    first: Tensor
-    last: Tensor | None = None
-
-
-def follow_source(source: Source, chunk: Chunk, tail: Tensor | None) -> Ends:
-    """Take the source's frame at the chunk's start.
-
-    Source: InfiniteTalk, sparse-frame dubbing.
-    """
-    return Ends(source.frame(chunk.start))
-
-
-def follow_last_frame(source: Source, chunk: Chunk, tail: Tensor | None) -> Ends:
-    """Take the last frame that was made, as image-to-video chained after itself.
-
-    Source: the I2V baseline of InfiniteTalk's paper; colours and faces drift by design.
-    """
-    return Ends(source.frame(chunk.start) if tail is None else tail[:, -1])
-
-
-def meet_source(source: Source, chunk: Chunk, tail: Tensor | None) -> Ends:
-    """Go from the last frame that was made to the source's frame at the chunk's end.
-
-    Source: the FL2V baseline of InfiniteTalk's paper; poses of the source are copied by design.
-    """
-    first, _ = follow_last_frame(source, chunk, tail)
-    return Ends(first, source.frame(chunk.start + chunk.num_frames - 1))
-
-
-CONTINUITIES = {
-    "source": follow_source,
-    "last_frame": follow_last_frame,
-    "both_ends": meet_source,
-}
-"""What the reference of a chunk is."""
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What to make a video of.
-
-    Attributes:
-        text: caption.
-        tracks: speech of each speaker at 16 kHz, -23 LUFS. [S, samples]
-        source: portrait or source video, at the video's size.
-        speaker_masks: where each speaker stands, 0 or 1, at latent size. [S, H, W]
-        has_reference: False makes video from text and speech alone; the source only tells the size.
-    """
-
-    text: str
-    tracks: Tensor
-    source: Source
-    speaker_masks: Tensor
-    has_reference: bool = True
-
-
-@dataclass(frozen=True)
-class EncodedScene:
-    """What all chunks of a video share.
-
-    Attributes:
-        text: states of the caption. [1, L, D]
-        null_text: states of the negative text. [1, L', D]
-        speech: features of the whole video and a little beyond. [S, T, M, D]
-        num_frames: frames of the whole video.
-        speaker_masks: as in the scene. [S, H, W]
-        references: encodes the reference of a chunk, unless it is that of the chunk before.
-    """
-
-    text: Tensor
-    null_text: Tensor
-    speech: Tensor
-    num_frames: int
-    speaker_masks: Tensor
-    references: Unchanged[tuple[Tensor, Tensor]] = field(default_factory=Unchanged)
-
-
 class TalkSampler:
     """Samples talking video of any length with clean context frames between chunks.
 
@@ -141,12 +53,16 @@ class TalkSampler:
             chunk before, so that no jump of the codec is seen; at most `context_frames`.
         color_correction: how far each chunk's colours are moved to those of the first reference.
         negative_text: what guidance leads away from.
+        guidance: `plain`, or `projected`, which takes only what leads aside from the prediction, so
+            that large scales do not make colours glaring.
         continuity: what the reference of a chunk is: the `source`'s frame of that time; the
             `last_frame` made, which chains image-to-video after itself; or `both_ends`, the last
             frame made and the source's at the chunk's end. The two latter are baselines.
         solver: how to step between noise levels.
         together: all guidance branches in one forward pass; False takes a third of the memory.
         remember: keep what all steps of a chunk share; False computes it in each step again.
+        offload: keep the denoiser in the memory of the CPU while the encoders work, which then have
+            a GPU to themselves.
 
     Source: InfiniteTalk, its released sampling loop; defaults are its 480 p settings.
     """
@@ -163,10 +79,12 @@ class TalkSampler:
         crossfade_frames: Annotated[int, Field(ge=0)] = 0,
         color_correction: Annotated[float, Field(ge=0, le=1)] = 1.0,
         negative_text: str = "",
+        guidance: Literal["plain", "projected"] = "plain",
         continuity: Literal["source", "last_frame", "both_ends"] = "source",
         solver: Literal["euler"] = "euler",
         together: bool = True,
         remember: bool = True,
+        offload: bool = False,
     ) -> None:
         self.sigmas = sigma_schedule(steps, shift)
         self.text_scale = text_scale
@@ -176,10 +94,12 @@ class TalkSampler:
         self.crossfade_frames = crossfade_frames
         self.color_correction = color_correction
         self.negative_text = negative_text
+        self.guidance = guidance
         self.continuity = continuity
         self.step = SOLVERS[solver]
         self.together = together
         self.remember = remember
+        self.offload = offload
 
     def problems(self, frame_stride: int) -> list[str]:
         """List what is wrong with the options for a base's frame stride, in words."""
@@ -250,14 +170,15 @@ class TalkSampler:
                 given = ends.first[:, None] if tail is None else tail
                 context = encoders.encode_video(given[None])  # [1, C, f, H, W]
             if not scene.has_reference:
-                conditions = guidance.drop_image(guidance.drop_reference(conditions))
-            # Not named here, so that what it remembers is gone before decoding needs the memory.
-            latents = self.denoise(
-                self.guided(denoiser, conditions, encoded.null_text),
-                noise,
-                context,
-                partial(on_step, chunk),
-            )
+                conditions = drop_image(drop_reference(conditions))
+            with self._turn_of(denoiser, noise.device):
+                # Not named here, so that what it remembers is gone before decoding needs memory.
+                latents = self.denoise(
+                    self.guided(denoiser, conditions, encoded.null_text),
+                    noise,
+                    context,
+                    partial(on_step, chunk),
+                )
             pixels = encoders.decode_video(latents)[0]
             if scene.has_reference:
                 pixels = match_color(pixels, color.to(pixels), self.color_correction)
@@ -292,13 +213,13 @@ class TalkSampler:
             null_text: states of the negative text. [1, L, D]
         """
         device = conditions.reference.device
-        asked = guidance.branches(
+        asked = branches(
             conditions.to(device), null_text.to(device), self.text_scale, self.audio_scale
         )
         # What branches share stays one and the same object, so that it is remembered once.
         given = list(asked.values())
         passes = [Conditions.cat(given)] if self.together else given
-        predict = denoiser
+        combine, predict = GUIDANCES[self.guidance](), denoiser
         if self.remember and isinstance(denoiser, Remembering):
             predict = denoiser.remembering()
 
@@ -308,10 +229,16 @@ class TalkSampler:
                 count = len(conditions.text)
                 repeated = noisy.expand(count, *noisy.shape[1:])
                 predicted += torch.split(predict(repeated, sigma.expand(count), conditions), 1)
-            branches = dict(zip(asked, predicted, strict=True))
-            return guidance.combine(branches, self.text_scale, self.audio_scale)
+            velocities = dict(zip(asked, predicted, strict=True))
+            return combine(velocities, self.text_scale, self.audio_scale)
 
         return velocity
+
+    def _turn_of(self, denoiser: Predict, device: torch.device) -> AbstractContextManager[None]:
+        """Let the denoiser have the device, if it must share it."""
+        if self.offload and isinstance(denoiser, nn.Module):
+            return visiting(denoiser, device)
+        return nullcontext()
 
     def denoise(
         self,
@@ -336,50 +263,6 @@ class TalkSampler:
             noisy = hold_context(noisy, context, num_context)
             on_step(number)
         return noisy
-
-
-def chunk_conditions(
-    encoders: Encoders,
-    encoded: EncodedScene,
-    chunk: Chunk,
-    frame: Tensor,
-    last: Tensor | None = None,
-) -> Conditions:
-    """Put together what steers one chunk, as a batch of one.
-
-    Args:
-        encoders: give the reference its latents and image features.
-        encoded: text, speech and places of the whole video.
-        chunk: which frames.
-        frame: the chunk's reference picture, -1 to 1. [3, height, width]
-        last: its last frame, if that is given. [3, height, width]
-    """
-    given = [frame] if last is None else [frame, last]
-    # A source's pictures are on the CPU, those that were made where they were decoded.
-    pictures = torch.stack([picture.cpu() for picture in given])
-    reference, image = encoded.references(
-        partial(_encode_reference, encoders, chunk.num_frames), pictures
-    )
-    audio = speech_windows(encoded.speech, chunk.start, chunk.num_frames)
-    return Conditions(
-        text=encoded.text,
-        image=image,
-        reference=reference,
-        reference_mask=reference_mask(last is not None, reference.shape[2]),
-        audio=audio[None],
-        num_speakers=torch.tensor([len(audio)]),
-        speaker_masks=encoded.speaker_masks[None],
-    )
-
-
-def _encode_reference(
-    encoders: Encoders, num_frames: int, pictures: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Encode one or two pictures with grey frames to the latents and image features of a chunk."""
-    frames = followed_by_grey(pictures[0], num_frames)
-    if len(pictures) == 2:
-        frames = between_grey(pictures[0], pictures[1], num_frames)
-    return encoders.encode_video(frames[None]), encoders.encode_image(pictures[:1])
 
 
 def _noise(like: Tensor, seed: int, chunk: Chunk) -> Tensor:

@@ -23,7 +23,8 @@ from kit.metrics.video_report import Measure, VideoReport
 from kit.models.base import Encoders
 from kit.recipe import ExistingFile
 from kit.sampling.frames import to_pictures
-from kit.sampling.pipeline import Predict, Scene, TalkSampler, no_progress
+from kit.sampling.pipeline import Predict, TalkSampler, no_progress
+from kit.sampling.scene import Scene
 from kit.training.ema import AdapterEMA
 from kit.training.module import Fitting
 
