@@ -41,7 +41,7 @@ def compiles() -> bool:
 
 def load(checkout: Path, case: Case) -> Any:
     """Load the public network with our weights under its names."""
-    network = _import_networks(checkout).WanModel
+    network = import_networks(checkout).WanModel
     network.enable_teacache = False
     with torch.device("meta"):
         model = network(
@@ -79,7 +79,7 @@ class Step:
             "clip_fea": given.image.to(dtype),
             "seq_len": case.grid[0] * case.grid[1] * case.grid[2],
             "y": torch.cat([mask, given.reference], dim=1).to(dtype),
-            "ref_target_masks": _regions(given.speaker_masks[0]),
+            "ref_target_masks": regions(given.speaker_masks[0]),
         }
         self.branches = ((text, speech), (null_text, speech), (null_text, silence))
         with one_block(model):
@@ -99,7 +99,7 @@ class Step:
         return velocity
 
 
-def _regions(speaker_masks: Tensor) -> Tensor:
+def regions(speaker_masks: Tensor) -> Tensor:
     """Give two persons and the background; a single speaker is everywhere. [3, H, W]"""
     if len(speaker_masks) == 1:
         return torch.ones(3, *speaker_masks.shape[1:])
@@ -108,37 +108,37 @@ def _regions(speaker_masks: Tensor) -> Tensor:
 
 
 @cache
-def _import_networks(checkout: Path) -> Any:
+def import_networks(checkout: Path) -> Any:
     """Import the file with the network, but not the packages around it, which need a GPU."""
     for name in ("wan", "wan.modules", "wan.utils"):
-        _stand_in(name).__path__ = [str(checkout.joinpath(*name.split(".")))]
+        stand_in(name).__path__ = [str(checkout.joinpath(*name.split(".")))]
     for name in UNUSED:
         if importlib.util.find_spec(name) is None:
-            _stand_in(name).color = None
-    _stand_in("xfuser")
-    _stand_in("xfuser.core")
-    parallel = _stand_in("xfuser.core.distributed")
+            stand_in(name).color = None
+    stand_in("xfuser")
+    stand_in("xfuser.core")
+    parallel = stand_in("xfuser.core.distributed")
     for name in ("rank", "world_size"):
         setattr(parallel, f"get_sequence_parallel_{name}", None)
     parallel.get_sp_group = None
-    _stand_in("xformers").ops = _stand_in("xformers.ops")
-    sys.modules["xformers.ops"].memory_efficient_attention = _attend
+    stand_in("xformers").ops = stand_in("xformers.ops")
+    sys.modules["xformers.ops"].memory_efficient_attention = attend
     torch.cuda.empty_cache = torch.cuda.ipc_collect = lambda: None
     with_compiler = torch.compile
     if not compiles():
         torch.compile = lambda function, **options: function
     networks = importlib.import_module("wan.modules.multitalk_model")
     torch.compile = with_compiler
-    networks.flash_attention = _attend
+    networks.flash_attention = attend
     return networks
 
 
-def _stand_in(name: str) -> Any:
-    sys.modules[name] = ModuleType(name)
-    return sys.modules[name]
+def stand_in(name: str) -> Any:
+    """Give an empty module of a name that the public code imports; the same for the same name."""
+    return sys.modules.setdefault(name, ModuleType(name))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
     """Attend to all keys, in the dtype of the values. [B, N, h, d]"""
     query, key, value = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
