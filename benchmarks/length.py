@@ -1,4 +1,4 @@
-"""Peak memory of `kit sample` at 3 and at 30 chunks: it must not grow with the video.
+"""Peak memory of `kit sample` at 3, 30 and 100 chunks: it must not grow with the video.
 
     python benchmarks/length.py
 
@@ -18,10 +18,11 @@ RECIPE = "recipes/quickstart_talk.yaml"
 
 
 def main() -> None:
-    """Make a short and a long video and print a table."""
+    """Make short and long videos and print a table."""
     with tempfile.TemporaryDirectory() as folder:
-        short, long = (peak_memory(chunks, Path(folder)) for chunks in (3, 30))
-    print(f"3 chunks {short} MB, 30 chunks {long} MB, ratio {long / short:.3f}")
+        megabytes = {chunks: peak_memory(chunks, Path(folder)) for chunks in (3, 30, 100)}
+    for chunks, memory in megabytes.items():
+        print(f"{chunks:4} chunks {memory:6} MB, ratio {memory / megabytes[3]:.3f}")
 
 
 def peak_memory(chunks: int, folder: Path) -> int:
