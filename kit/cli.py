@@ -123,7 +123,19 @@ def _add_pretrain(commands: _Commands) -> None:
 
 
 def _add_sample(commands: _Commands) -> None:
-    example = "kit sample recipes/quickstart_talk.yaml seed=7"
+    example = (
+        "kit sample recipes/quickstart_talk.yaml seed=7\n"
+        "  kit sample recipes/talk.yaml audio=speech.wav image=portrait.png out=talk.mp4\n"
+        "  kit sample recipes/talk.yaml audio=speech.wav video=source.mp4 out=dub.mp4\n\n"
+        "keys:\n"
+        "  image, video, size     a portrait; a video to dub; neither, from text alone (64x64)\n"
+        "  audio, speakers, job   speech of one speaker; of several, with boxes or masks; both\n"
+        "                         and the picture as a JSON of InfiniteTalk's own program\n"
+        "  adapter, text, seed    what was trained; what is to be seen; another video\n"
+        "  sampling.KEY           steps, text_scale, audio_scale, guidance, continuity, offload...\n"
+        "  base.KEY               path, loras, decode_tile...\n"
+        "`kit check --schema sample --out sample.schema.json` tells them all"
+    )
     command = _add(commands, "sample", "make a video as a recipe says", example, _sample)
     _add_recipe(command)
     command.add_argument(

@@ -18,7 +18,8 @@ PORTRAIT = str(ROOT / "data" / "sample" / "portrait.png")
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipe_is_read_and_says_the_same_again(path: Path, tmp_path: Path) -> None:
     schema = schema_of(str(path))
-    words = [f"audio={SPEECH}", f"image={PORTRAIT}", "adapter=null"] if schema is SAMPLE else []
+    files = [f"audio={SPEECH}", f"image={PORTRAIT}", "adapter=null", "base.loras=[]"]
+    words = files if schema is SAMPLE else []
     recipe = read(path, words, schema)
     again = tmp_path / "again.yaml"
     again.write_text(recipe.text)
