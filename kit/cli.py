@@ -132,8 +132,8 @@ def _add_sample(commands: _Commands) -> None:
         "  audio, speakers, job   speech of one speaker; of several, with boxes or masks; both\n"
         "                         and the picture as a JSON of InfiniteTalk's own program\n"
         "  adapter, text, seed    what was trained; what is to be seen; another video\n"
-        "  sampling.KEY           steps, text_scale, audio_scale, guidance, continuity, offload...\n"
-        "  base.KEY               path, loras, decode_tile...\n"
+        "  sampling.KEY           steps, text_scale, audio_scale, guidance, continuity, ...\n"
+        "  base.KEY               path, loras, decode_tile, ...\n"
         "`kit check --schema sample --out sample.schema.json` tells them all"
     )
     command = _add(commands, "sample", "make a video as a recipe says", example, _sample)
