@@ -61,7 +61,8 @@ def has_one_dnn() -> bool:
 def suits_by_head(query: Tensor, key: Tensor) -> bool:
     """Tell whether `mixed_by_head` may and should compute an attention. [B, h, N, d] each"""
     is_large = query.shape[2] * key.shape[2] >= WORTHWHILE_SCORES
-    return query.device.type == "cpu" and is_large and not torch.is_grad_enabled()
+    is_here = query.device.type == "cpu" and has_one_dnn()
+    return is_here and is_large and not torch.is_grad_enabled()
 
 
 def mixed_by_head(
