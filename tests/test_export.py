@@ -50,7 +50,7 @@ def trained(tiny_denoiser: MakeWan) -> Wan:
 def adapter(trained: Wan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "adapter.safetensors"
     parts = ("attention", "ffn", "audio")
-    info = AdapterInfo("ann", "wan", 4, 8.0, parts, (), 40, RECIPE)
+    info = AdapterInfo("ann", "wan", "lora", parts, (), 40, RECIPE)
     write_adapter(path, trained_parameters(trained), info)
     return path
 
@@ -173,7 +173,7 @@ def test_three_dialects_of_metadata(
 def test_an_adapter_of_audio_alone_is_one_file(tiny_denoiser: MakeWan, tmp_path: Path) -> None:
     denoiser, path = tiny_denoiser(), tmp_path / "adapter.safetensors"
     Lora(parts=[], train_fully=["audio"]).inject(denoiser, seed=0)
-    info = AdapterInfo("bob", "wan", 4, 4.0, (), ("audio",), 1, RECIPE)
+    info = AdapterInfo("bob", "wan", "lora", (), ("audio",), 1, RECIPE)
     write_adapter(path, trained_parameters(denoiser), info)
     exported, tensors = export(path, "comfyui", tmp_path / "out")
     assert [file.name for file in exported.files] == ["bob_audio.safetensors"]
@@ -200,7 +200,7 @@ def test_a_fully_trained_denoiser_becomes_a_base(
     Full(start=0.5).inject(denoiser, seed=0)
     for parameter in denoiser.parameters():
         parameter.data = parameter.half().float()
-    info = AdapterInfo("ann", "wan", 0, 0.0, (), ("all",), 9, RECIPE)
+    info = AdapterInfo("ann", "wan", "lora", (), ("all",), 9, RECIPE)
     write_adapter(tmp_path / "all.safetensors", trained_parameters(denoiser), info)
     shutil.copytree(TINY_BASE, tmp_path / "base")
     export_adapter(tmp_path / "all.safetensors", "base", tmp_path / "base", public_name)

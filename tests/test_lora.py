@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kit.adapters.files import AdapterInfo, load_adapter, write_adapter
-from kit.adapters.lora import Lora, apply_adapter, trained_parameters
+from kit.adapters.kinds import KINDS
+from kit.adapters.lora import Lora, adapter_tensors, apply_adapter, trained_parameters
 from kit.batch import Batch
 from kit.draws import draw_normal
 from kit.errors import InputError
@@ -19,7 +21,7 @@ from kit.models.wan_base import WanBase
 
 TINY_BASE = Path(__file__).parents[1] / "data" / "tiny_base"
 MakeWan = Callable[[], Wan]
-INFO = AdapterInfo("ann", "wan", 4, 8.0, ("attention", "ffn"), ("audio",), 7, "seed: 0\n")
+INFO = AdapterInfo("ann", "wan", "lora", ("attention", "ffn"), ("audio",), 7, "seed: 0\n")
 
 
 def velocity(denoiser: Wan, batch: Batch) -> Tensor:
@@ -31,23 +33,24 @@ def velocity(denoiser: Wan, batch: Batch) -> Tensor:
     return predicted
 
 
-def train_at_random(denoiser: Wan) -> dict[str, Tensor]:
+def train_at_random(denoiser: Wan, kind: str = "lora") -> dict[str, Tensor]:
     """Move all that trains, and give it as an adapter file holds it."""
     trained = trained_parameters(denoiser)
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.add_(0.05 * draw_normal(tuple(parameter.shape), name))
-    return {name: parameter.detach() for name, parameter in trained.items()}
+    return adapter_tensors(denoiser, trained, kind)
 
 
 @pytest.mark.parametrize("parts", [("attention", "ffn", "audio"), ("audio",)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_fresh_factors_change_nothing(
-    tiny_denoiser: MakeWan, batch: Batch, parts: tuple[str, ...]
+    tiny_denoiser: MakeWan, batch: Batch, kind: Any, parts: Any
 ) -> None:
     denoiser = tiny_denoiser()
     before = velocity(denoiser, batch)
-    Lora(rank=4, parts=parts, train_fully=[]).inject(denoiser, seed=0)  # type: ignore[arg-type]
-    assert torch.equal(velocity(denoiser, batch), before)
+    Lora(kind=kind, rank=4, parts=parts, train_fully=[]).inject(denoiser, seed=0)
+    torch.testing.assert_close(velocity(denoiser, batch), before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["attention", "ffn", "audio"])
@@ -103,22 +106,57 @@ def test_gradients_reach_all_that_trains(tiny_denoiser: MakeWan, batch: Batch) -
     assert all(p.grad is not None and p.grad.any() for p in trained_parameters(denoiser).values())
 
 
-def test_to_a_file_and_back(tiny_denoiser: MakeWan, batch: Batch, tmp_path: Path) -> None:
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"alpha": 8.0},
+    "ranks by part": {"ranks": {"ffn": 2}, "alphas": {"ffn": 6.0, "audio": 1.0}},
+    "rank-stabilised": {"rank_stabilised": True},
+    "dora": {"kind": "dora", "alpha": 2.0},
+    "loha": {"kind": "loha", "alpha": 8.0},
+    "lokr": {"kind": "lokr", "alpha": 2.0, "rank": 2},
+    "lokr of one factored side": {"kind": "lokr", "alpha": 2.0, "rank": 2, "factor": 4},
+    "lokr of whole sides": {"kind": "lokr", "alpha": 2.0, "rank": 64},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_to_a_file_and_back(
+    tiny_denoiser: MakeWan, batch: Batch, tmp_path: Path, options: dict[str, Any]
+) -> None:
     denoiser, path = tiny_denoiser(), tmp_path / "adapter.safetensors"
     before = velocity(denoiser, batch)
-    lora = Lora(rank=4, alpha=8.0, parts=["attention", "ffn"], train_fully=["audio"])
+    lora = Lora(**{"rank": 4, "parts": ["attention", "ffn"], "train_fully": ["audio"], **options})
+    if "audio" in lora.alphas:
+        lora = Lora(**{"rank": 4, **options})
     lora.inject(denoiser, seed=0)
-    write_adapter(path, train_at_random(denoiser), INFO)
+    write_adapter(path, train_at_random(denoiser, lora.kind), replace(INFO, kind=lora.kind))
     after = velocity(denoiser, batch)
     assert not torch.allclose(after, before, atol=1e-2)
 
     tensors, info = load_adapter(path)
-    assert info == INFO
+    assert info == replace(INFO, kind=lora.kind)
     assert not any("base_layer" in name or "default" in name for name in tensors)
     fresh = tiny_denoiser()
-    apply_adapter(fresh, tensors, info.alpha)
-    assert torch.equal(velocity(fresh, batch), after)
+    apply_adapter(fresh, tensors, info.kind)
+    torch.testing.assert_close(velocity(fresh, batch), after, rtol=1e-5, atol=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_all_kinds_learn(tiny_denoiser: MakeWan, batch: Batch, options: dict[str, Any]) -> None:
+    denoiser = tiny_denoiser()
+    Lora(**{"rank": 4, **options}).inject(denoiser, seed=0)
+    trained = trained_parameters(denoiser)
+    optimizer = torch.optim.Adam(trained.values(), lr=0.01)
+    sigma, target = torch.full((3,), 0.7), draw_normal(tuple(batch.latents.shape), "target")
+    losses = []
+    for _ in range(8):
+        error = denoiser(batch.latents, sigma, batch.conditions) - target
+        loss = error.square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.99 * losses[0]
 
 
 def test_alpha_scales_what_factors_add(tiny_denoiser: MakeWan) -> None:
@@ -132,9 +170,22 @@ def test_alpha_scales_what_factors_add(tiny_denoiser: MakeWan) -> None:
     torch.testing.assert_close(layer(x), plain(x) + 0.5 * added)
 
 
-def test_an_absent_alpha_is_the_rank() -> None:
-    assert Lora(rank=4).alpha == 4
-    assert Lora(rank=4, alpha=2.0).alpha == 2
+def test_sizes_of_parts() -> None:
+    assert Lora(rank=4).size("ffn") == (4, 4.0)
+    assert Lora(rank=4, alpha=2.0).size("ffn") == (4, 2.0)
+    parts = Lora(rank=4, ranks={"ffn": 16}, alphas={"audio": 1.0})
+    assert [parts.size(p) for p in ("attention", "ffn", "audio")] == [(4, 4.0), (16, 16.0), (4, 1)]
+    assert Lora(rank=16, alpha=8.0, rank_stabilised=True).size("ffn") == (16, 32.0)
+
+
+def test_options_of_other_kinds_are_refused(tiny_base: WanBase) -> None:
+    empty = tiny_base.empty_denoiser()
+    (line,) = Lora(kind="loha", dropout=0.1).problems(empty)
+    assert line == "adapter.dropout: 'loha' has none; take 0"
+    (line,) = Lora(factor=4).problems(empty)
+    assert line == "adapter.factor: 'lora' splits no sizes; leave it out"
+    (line,) = Lora(parts=["ffn"], ranks={"audio": 2}).problems(empty)
+    assert line == "adapter: 'audio' has a rank or alpha, but is not in parts"
 
 
 def test_problems_are_said_in_words(tiny_base: WanBase) -> None:
@@ -162,9 +213,14 @@ def test_problems_are_said_in_words(tiny_base: WanBase) -> None:
 )
 def test_misfits_are_named(tiny_denoiser: MakeWan, name: str, shape: tuple[int, ...]) -> None:
     denoiser = tiny_denoiser()
-    with pytest.raises(InputError, match="1 of its 1 tensors do not fit") as caught:
-        apply_adapter(denoiser, {name: torch.zeros(shape)}, alpha=4.0)
-    assert name in str(caught.value)
+    layer, _, factor = name.partition(".lora_")
+    other = {"A.weight": ("B", (48, 4)), "B.weight": ("A", (4, 48)), "": ("", ())}[factor]
+    tensors = {name: torch.zeros(shape)}
+    if factor:
+        tensors[f"{layer}.lora_{other[0]}.weight"] = torch.zeros(other[1])
+    with pytest.raises(InputError, match=r"1 of its \d tensors do not fit") as caught:
+        apply_adapter(denoiser, tensors, "lora")
+    assert layer in str(caught.value)
     assert not any("lora" in name for name, _ in denoiser.named_parameters())
 
 

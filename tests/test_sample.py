@@ -206,7 +206,7 @@ def tiny_adapter(tiny_base: WanBase) -> Path:
         name: draw_normal(tuple(parameter.shape), 1, name)
         for name, parameter in trained_parameters(denoiser).items()
     }
-    info = AdapterInfo("tiny", "wan", 4, 4.0, ("attention", "audio"), (), 1, "name: tiny\n")
+    info = AdapterInfo("tiny", "wan", "lora", ("attention", "audio"), (), 1, "name: tiny\n")
     write_adapter(Path("tiny.safetensors"), tensors, info)
     return Path("tiny.safetensors")
 

@@ -21,8 +21,7 @@ class AdapterInfo:
     Attributes:
         name: of the run that trained it.
         base: type of the base model, a name from the table of bases.
-        rank: of the factors.
-        alpha: factors are scaled by alpha / rank.
+        kind: of its factors, a name from `KINDS`; how large they are stands in the tensors.
         parts: parts of the denoiser with factors.
         train_fully: parts that trained without factors.
         steps: optimiser steps so far.
@@ -31,8 +30,7 @@ class AdapterInfo:
 
     name: str
     base: str
-    rank: int
-    alpha: float
+    kind: str
     parts: tuple[str, ...]
     train_fully: tuple[str, ...]
     steps: int

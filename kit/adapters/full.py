@@ -22,8 +22,7 @@ class Full:
     transformers (Peebles and Xie 2022, section 3.2).
     """
 
-    rank = 0
-    alpha = 0.0
+    kind = "lora"  # of no factors at all
     parts = ()
     train_fully = ("all",)
 

@@ -1,14 +1,16 @@
 """Low-rank adapters on a frozen denoiser, by PEFT, and parts of it that train fully."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import Tensor, nn
 
+from kit.adapters.kinds import ALPHA, KINDS, Shape, Size, Sizes, by_layer
 from kit.draws import seed_of
 from kit.errors import InputError, did_you_mean
 from kit.models.base import Denoiser
@@ -22,45 +24,77 @@ class Lora:
     """Which parts of a denoiser train, and how.
 
     Args:
-        rank: of the two factors.
-        alpha: the product is scaled by alpha / rank; equal to rank if absent.
+        kind: `lora`, `dora`, `loha` or `lokr`. The two latter cannot be trained on top of a base
+            of 4 or 8 bits, and few programs read any but the first.
+        rank: of the factors.
+        alpha: their product is scaled by alpha / rank; equal to rank if absent.
         parts: parts whose linear layers get factors.
+        ranks: of parts that differ.
+        alphas: of parts that differ.
+        rank_stabilised: scale by alpha / sqrt(rank) instead, so that large ranks learn as fast.
         train_fully: parts trained without factors, all their parameters.
-        dropout: share of the factors' inputs dropped in training, 0 to 1.
+        dropout: share of the factors' inputs dropped in training, 0 to 1; of `lora` and `dora`.
+        factor: of `lokr`: how the sizes of weights are split in two; -1 splits them most evenly.
 
-    Source: Hu et al. 2021; ranks of 16 to 64 with alpha = rank are usual for characters on Wan.
+    Source: Hu et al. 2021; ranks of 16 to 64 with alpha = rank are usual for characters on Wan;
+    rank-stabilised: Kalajdzievski 2023. See `KINDS` for the others.
     """
 
     def __init__(
         self,
         *,
+        kind: Literal["lora", "dora", "loha", "lokr"] = "lora",
         rank: Annotated[int, Field(ge=1)] = 32,
         alpha: Annotated[float, Field(gt=0)] | None = None,
         parts: Sequence[Part] = ("attention", "ffn", "audio"),
+        ranks: Mapping[Part, Annotated[int, Field(ge=1)]] | None = None,
+        alphas: Mapping[Part, Annotated[float, Field(gt=0)]] | None = None,
+        rank_stabilised: bool = False,
         train_fully: Sequence[Part] = (),
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        factor: Annotated[int, Field(ge=-1)] = -1,
     ) -> None:
+        self.kind = kind
         self.rank = rank
-        self.alpha = float(rank if alpha is None else alpha)
+        self.alpha = alpha
         self.parts = tuple(parts)
+        self.ranks = dict(ranks or {})
+        self.alphas = dict(alphas or {})
+        self.rank_stabilised = rank_stabilised
         self.train_fully = tuple(train_fully)
         self.dropout = dropout
+        self.factor = factor
+
+    def size(self, part: Part) -> Size:
+        """Give the rank of a part's layers, and the alpha that scales them when divided by it."""
+        rank = self.ranks.get(part, self.rank)
+        alpha = self.alphas.get(part, rank if self.alpha is None else self.alpha)
+        return Size(rank, float(alpha * (math.sqrt(rank) if self.rank_stabilised else 1)))
 
     def problems(self, denoiser: Denoiser) -> list[str]:
         """List what of this the denoiser has no place for, in words."""
+        found = self._unknown(denoiser)
+        both = set(self.parts) & set(self.train_fully)
+        found += [f"adapter: '{part}' is in both parts and train_fully" for part in sorted(both)]
+        idle = sorted({*self.ranks, *self.alphas} - set(self.parts))
+        found += [f"adapter: '{part}' has a rank or alpha, but is not in parts" for part in idle]
+        if not self.parts and not self.train_fully:
+            found.append("adapter: parts and train_fully are both empty, so nothing would train")
+        if self.dropout and not KINDS[self.kind].has_dropout:
+            found.append(f"adapter.dropout: '{self.kind}' has none; take 0")
+        if self.factor != -1 and self.kind != "lokr":
+            found.append(f"adapter.factor: '{self.kind}' splits no sizes; leave it out")
+        return found
+
+    def _unknown(self, denoiser: Denoiser) -> list[str]:
         lists = (("parts", self.parts), ("train_fully", self.train_fully))
         valid = {"parts": denoiser.parts(), "train_fully": denoiser.trainable_parts()}
-        found = [
+        return [
             f"adapter.{name}: unknown part '{part}'{did_you_mean(part, valid[name])}"
             for name, parts in lists
             for part in parts
             if part not in valid[name]
         ]
-        both = set(self.parts) & set(self.train_fully)
-        found += [f"adapter: '{part}' is in both parts and train_fully" for part in sorted(both)]
-        if not self.parts and not self.train_fully:
-            found.append("adapter: parts and train_fully are both empty, so nothing would train")
-        return found
 
     def inject(self, denoiser: Denoiser, seed: int) -> None:
         """Put fresh factors on the denoiser and let only the chosen parameters train, in float32.
@@ -68,8 +102,8 @@ class Lora:
         Factors start as the identity: the denoiser's output does not change.
         """
         denoiser.requires_grad_(False)
-        targets = [layer for part in self.parts for layer in denoiser.parts()[part]]
-        add_factors(denoiser, targets, self.rank, self.alpha, self.dropout, seed)
+        sizes = {layer: self.size(part) for part in self.parts for layer in denoiser.parts()[part]}
+        add_factors(denoiser, self.kind, sizes, self.dropout, self.factor, seed)
         fully = [name for part in self.train_fully for name in denoiser.trainable_parts()[part]]
         for name in fully:
             denoiser.get_submodule(name).float().requires_grad_(True)
@@ -77,32 +111,24 @@ class Lora:
 
 def add_factors(
     denoiser: nn.Module,
-    layers: Iterable[str],
-    rank: int,
-    alpha: float,
+    kind: str,
+    sizes: Sizes,
     dropout: float = 0.0,
+    factor: int = -1,
     seed: int = 0,
 ) -> None:
-    """Put low-rank factors on linear layers by name; equal seeds give equal factors."""
-    targets = sorted(layers)
-    if not targets:
+    """Put factors of a kind on linear layers by name; equal seeds give equal factors."""
+    if not sizes:
         return
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # any number will do
-        lora_dropout=dropout,
-        target_modules=targets,
-        bias="none",
-    )
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(seed, "adapter"))
+        config = KINDS[kind].configure(sizes, dropout, factor)
         inject_adapter_in_model(config, denoiser, adapter_name=ADAPTER_NAME)
     # PEFT gives factors the base's dtype; they train, and are added, in float32.
-    for name in targets:
-        layer = denoiser.get_submodule(name)
-        assert isinstance(layer, LoraLayer)
-        layer.lora_A.float()
-        layer.lora_B.float()
+    for name in sizes:
+        for own, parameter in denoiser.get_submodule(name).named_parameters():
+            if f".{ADAPTER_NAME}" in own:
+                parameter.data = parameter.data.float()
 
 
 def trained_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
@@ -116,58 +142,106 @@ def trained_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
 
 def adapter_key(name: str) -> str:
     """Drop what PEFT puts into a parameter's name."""
-    return name.replace(f".{ADAPTER_NAME}.", ".").replace(".base_layer.", ".")
+    plain = name.replace(".base_layer.", ".")
+    plain = plain.replace(f".lora_magnitude_vector.{ADAPTER_NAME}.weight", ".lora_magnitude_vector")
+    return plain.replace(f".{ADAPTER_NAME}.", ".").removesuffix(f".{ADAPTER_NAME}")
 
 
-def apply_adapter(denoiser: Denoiser, tensors: Mapping[str, Tensor], alpha: float) -> None:
+def adapter_tensors(
+    denoiser: nn.Module, trained: Mapping[str, Tensor], kind: str
+) -> dict[str, Tensor]:
+    """Put together what an adapter file holds: what trained, and the alpha of each layer.
+
+    Args:
+        denoiser: with the adapter.
+        trained: its parameters or averages of them, named as by `trained_parameters`.
+        kind: of the adapter.
+    """
+    tensors = {name: tensor.detach() for name, tensor in trained.items()}
+    for layer, names in by_layer(trained, kind).items():
+        shapes = {own: tuple(trained[name].shape) for own, name in names.items()}
+        module, rank = denoiser.get_submodule(layer), KINDS[kind].rank(shapes)
+        scale = float(module.scaling[ADAPTER_NAME])  # type: ignore[index]
+        if rank is None:
+            # Nothing in the file tells a rank, so that readers scale nothing.
+            key = next(names[own] for own in KINDS[kind].scaled if own in names)
+            tensors[key] = tensors[key] * scale
+        tensors[f"{layer}.{ALPHA}"] = torch.tensor(1.0 if rank is None else scale * rank)
+    return tensors
+
+
+def apply_adapter(denoiser: Denoiser, tensors: Mapping[str, Tensor], kind: str) -> None:
     """Put a trained adapter on a denoiser without adapters.
 
     Args:
         denoiser: receives factors and replaced parameters.
         tensors: content of an adapter file.
-        alpha: of its factors.
+        kind: of its factors.
 
     Raises:
         InputError: a tensor has no place in this denoiser, or another shape.
     """
-    require_fit(denoiser, tensors)
-    factors = {name for name in tensors if ".lora_A." in name}
-    if factors:
-        rank = tensors[next(iter(factors))].shape[0]
-        add_factors(denoiser, (name.split(".lora_A.")[0] for name in factors), rank, alpha)
+    require_fit(denoiser, tensors, kind)
+    layers = by_layer(tensors, kind)
+    sizes = {layer: _size(names, tensors, kind) for layer, names in layers.items()}
+    add_factors(denoiser, kind, sizes)
+    for layer, names in layers.items():
+        own = {name: tensors[key] for name, key in names.items() if name != ALPHA}
+        _set_factors(denoiser.get_submodule(layer), own)
     places = {adapter_key(name): p for name, p in denoiser.named_parameters()}
+    in_layers = {key for names in layers.values() for key in names.values()}
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            places[name].copy_(tensor)
+        for name in tensors.keys() - in_layers:
+            places[name].copy_(tensors[name])
 
 
-def require_fit(denoiser: Denoiser, tensors: Mapping[str, Tensor]) -> None:
+def _size(names: Mapping[str, str], tensors: Mapping[str, Tensor], kind: str) -> Size:
+    rank = KINDS[kind].rank({own: tuple(tensors[key].shape) for own, key in names.items()})
+    if rank is None:
+        return Size(1, 1.0)
+    return Size(rank, float(tensors[names[ALPHA]]) if ALPHA in names else float(rank))
+
+
+def _set_factors(layer: nn.Module, factors: Mapping[str, Tensor]) -> None:
+    """Give a layer these factors in place of those that it has, however they are split."""
+    assert isinstance(layer, BaseTunerLayer)
+    weight = layer.get_base_layer().weight
+    assert isinstance(weight, Tensor)
+    for name in layer.adapter_layer_names:
+        held = getattr(layer, name)
+        if isinstance(held, nn.ParameterDict):
+            if ADAPTER_NAME in held:
+                del held[ADAPTER_NAME]
+            if name in factors:
+                held[ADAPTER_NAME] = nn.Parameter(factors[name].to(weight.device, torch.float32))
+        elif ADAPTER_NAME in held:
+            key = name if name in factors else f"{name}.weight"
+            held[ADAPTER_NAME].weight.data.copy_(factors[key])
+
+
+def require_fit(denoiser: Denoiser, tensors: Mapping[str, Tensor], kind: str) -> None:
     """Refuse an adapter that was trained on a denoiser of another shape.
 
     Raises:
         InputError: lists the tensors that do not fit.
     """
     shapes = {name: tuple(p.shape) for name, p in denoiser.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    layers = by_layer(tensors, kind)
+    in_layers = {key for names in layers.values() for key in names.values()}
     wrong = [
-        f"{name}: {tuple(tensor.shape)}, not {expected}"
-        for name, tensor in tensors.items()
-        if (expected := _expected_shape(name, tuple(tensor.shape), shapes)) != tuple(tensor.shape)
+        f"{name}: {found[name]}, not {shapes.get(name)}"
+        for name in tensors
+        if name not in in_layers and found[name] != shapes.get(name)
     ]
+    for layer, names in layers.items():
+        made = KINDS[kind].shape({own: found[key] for own, key in names.items()})
+        wanted: Shape | None = shapes.get(f"{layer}.weight")
+        if made is None or made != wanted:
+            wrong.append(f"{layer}: factors of {made}, not {wanted}")
     if wrong:
         listed = "\n  ".join(wrong[:5])
         raise InputError(
             f"adapter: {len(wrong)} of its {len(tensors)} tensors do not fit this base; "
             f"was it trained on another?\n  {listed}"
         )
-
-
-def _expected_shape(
-    name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[int, ...] | None:
-    layer, _, factor = name.partition(".lora_")
-    if not factor:
-        return shapes.get(name)
-    weight = shapes.get(f"{layer}.weight")
-    if weight is None or len(shape) != 2:
-        return None
-    return (shape[0], weight[1]) if factor.startswith("A") else (weight[0], shape[1])

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kit.adapters.lora import trained_parameters
 from kit.data.shards import Shards
 from kit.errors import InputError
 from kit.models.inspection import Survey, holds_weights, survey_file, survey_folder
@@ -64,23 +65,14 @@ def _survey(name: str, overrides: Sequence[str]) -> Survey:
 def _fit_notes(recipe: Recipe) -> list[str]:
     parts = build_fit(recipe)
     denoiser = parts.base.empty_denoiser()
-    layers = [layer for part in parts.adapter.parts for layer in denoiser.parts()[part]]
-    factors = sum(
-        parts.adapter.rank * sum(denoiser.get_parameter(f"{layer}.weight").shape)
-        for layer in layers
-    )
-    whole = {"all": [""], **denoiser.trainable_parts()}
-    fully = sum(
-        parameter.numel()
-        for part in parts.adapter.train_fully
-        for name in whole[part]
-        for parameter in denoiser.get_submodule(name).parameters()
-    )
     total = sum(parameter.numel() for parameter in denoiser.parameters())
+    layers = [layer for part in parts.adapter.parts for layer in denoiser.parts()[part]]
+    parts.adapter.inject(denoiser, seed=0)
+    trained = sum(parameter.numel() for parameter in trained_parameters(denoiser).values())
     return [
         *parts.base.notes(),
         *parts.data.notes(),
-        f"{total:,} parameters frozen, {factors + fully:,} train (factors on {len(layers)} layers)",
+        f"{total:,} parameters frozen, {trained:,} train (factors on {len(layers)} layers)",
         f"{parts.training.max_steps} steps of "
         f"{parts.data.batch_size * parts.training.accumulate} windows",
     ]

@@ -13,6 +13,7 @@ import torch
 from lightning import Callback
 
 from kit.adapters.files import AdapterInfo, write_adapter
+from kit.adapters.lora import adapter_tensors
 from kit.devices import choose_device
 from kit.errors import InputError
 from kit.models.base import Encoders
@@ -138,15 +139,15 @@ class _Run:
         info = AdapterInfo(
             name=recipe["name"],
             base=recipe.values["base"]["type"],
-            rank=adapter.rank,
-            alpha=adapter.alpha,
+            kind=adapter.kind,
             parts=adapter.parts,
             train_fully=adapter.train_fully,
             steps=step,
             recipe=recipe.text,
         )
         with ema.applied(module):
-            write_adapter(self.folder / ADAPTER_NAME, module.trained(), info)
+            tensors = adapter_tensors(module.network, module.trained(), info.kind)
+            write_adapter(self.folder / ADAPTER_NAME, tensors, info)
         facts = {
             **_course(read_curves(self.folder / "metrics.csv")),
             "seconds": round(time.perf_counter() - started, 1),

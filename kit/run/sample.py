@@ -84,8 +84,8 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
     if problems:
         raise InputError("\n".join(problems))
     if recipe["adapter"] is not None:
-        tensors, _ = load_adapter(Path(recipe["adapter"]))
-        require_fit(base.empty_denoiser(), tensors)
+        tensors, info = load_adapter(Path(recipe["adapter"]))
+        require_fit(base.empty_denoiser(), tensors, info.kind)
     return base, sampler
 
 
@@ -240,5 +240,5 @@ def load_with_adapter(base: Base, adapter: str | None, device: torch.device) -> 
     denoiser = base.load_denoiser(device)
     if adapter is not None:
         tensors, info = load_adapter(Path(adapter))
-        apply_adapter(denoiser, tensors, info.alpha)
+        apply_adapter(denoiser, tensors, info.kind)
     return denoiser.eval()
