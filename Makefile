@@ -29,7 +29,7 @@ studio: $(INSTALLED)  ## train the studio base again, in about three hours on tw
 	.venv/bin/kit prepare runs/studio/shards/train --out runs/studio/shards/train \
 		--recipe recipes/studio/denoiser.yaml --encode
 	.venv/bin/kit fit recipes/studio/denoiser.yaml
-	.venv/bin/kit export runs/studio_denoiser/adapter.safetensors --to base --out runs/studio
+	.venv/bin/kit export runs/studio_denoiser/adapter.safetensors --to base --dtype float16 --out runs/studio
 
 test: $(INSTALLED)  ## run the tests
 	.venv/bin/python -m pytest

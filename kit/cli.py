@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 2 something the user can put right, 130 stopped from the keyboard.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     _configure_logging()
     try:
         arguments.run(arguments)
@@ -47,6 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _refuse(f"{error.filename}: {error.strerror}")
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> _Arguments:
+    """Parse a command; key=value words may stand on either side of options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    is_word = [not word.startswith("-") and "=" in word for word in rest]
+    if not all(is_word) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,12 +170,24 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _add_export(commands: _Commands) -> None:
-    text = "write an adapter in the formats of other programs"
-    example = "kit export runs/talk/adapter.safetensors --to diffusers,comfyui"
+    text = "write an adapter in the formats of other programs, or merged into its base"
+    example = (
+        "kit export runs/talk/adapter.safetensors --to diffusers,comfyui\n"
+        "  kit export runs/talk/adapter.safetensors --to base --out models/talk\n\n"
+        "formats:\n"
+        "  diffusers, comfyui, kohya, peft   the adapter, in the names of that program\n"
+        "  base, wan    the whole denoiser with the adapter in it, in diffusers' layout or Wan's\n"
+        "  kit          the adapter for this kit again, with --rank or --dtype"
+    )
     add = _add(commands, "export", text, example, _export).add_argument
     add("adapter", type=Path, metavar="ADAPTER", help="adapter file written by `kit fit`")
     add("--to", required=True, metavar="FORMATS", help="formats, with commas between them")
     add("--out", type=Path, metavar="FOLDER", help="where to write (beside the adapter)")
+    add("--dtype", choices=["bfloat16", "float16", "float32"], help="of the numbers (bfloat16)")
+    add("--rank", type=int, metavar="R", help="make plain factors of at most this rank")
+    add("--trigger", default="", metavar="WORD", help="word that calls for what was learnt")
+    add("--without-audio", action="store_true", help="write no merged audio modules")
+    add("overrides", nargs="*", metavar="base.key=value", help="where the base is now")
 
 
 def _add_check(commands: _Commands) -> None:
@@ -229,10 +253,23 @@ def _sample(arguments: _Arguments) -> None:
 
 
 def _export(arguments: _Arguments) -> None:
-    from kit.run.export import export
+    from kit.run.export import Settings, export
 
     formats = [name.strip() for name in arguments.to.split(",") if name.strip()]
-    export(arguments.adapter, formats, out=arguments.out, report=print)
+    settings = Settings(
+        dtype=arguments.dtype,
+        rank=arguments.rank,
+        trigger=arguments.trigger,
+        with_audio=not arguments.without_audio,
+    )
+    export(
+        arguments.adapter,
+        formats,
+        arguments.out,
+        print,
+        settings=settings,
+        overrides=arguments.overrides,
+    )
 
 
 def _check(arguments: _Arguments) -> None:

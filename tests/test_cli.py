@@ -136,3 +136,13 @@ def run_kit(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
         text=True,
         check=False,
     )
+
+
+def test_words_may_stand_on_either_side_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", "nowhere.yaml", "seed=1", "--report", "text=2"]
+    assert cli.main(words) == 2
+    assert "nowhere.yaml: no such recipe" in capsys.readouterr().err
+    for rest in ("--reprot", "x"):
+        with pytest.raises(SystemExit):
+            cli.main([*words, rest])
+        assert f"unrecognized arguments: text=2 {rest}" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,50 +15,85 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kit.adapters.export import Exported, export_adapter
-from kit.adapters.files import AdapterInfo, write_adapter
+from kit.adapters.export import NATIVE_NAMES, scaled_layers
+from kit.adapters.files import AdapterInfo, load_adapter, write_adapter
 from kit.adapters.full import Full
-from kit.adapters.lora import Lora, trained_parameters
+from kit.adapters.kinds import KINDS
+from kit.adapters.lora import Lora, adapter_tensors, apply_adapter, trained_parameters
+from kit.adapters.merged import write_shards
 from kit.batch import Batch
 from kit.draws import draw_normal
 from kit.errors import InputError
+from kit.models.deltas import product
 from kit.models.keys import our_name, public_name
 from kit.models.wan import Wan
 from kit.models.wan_base import WanBase
+from kit.run.export import Settings, export
+from tests.originals import draw_states, write_original, write_tiny_configs
 
 MakeWan = Callable[[], Wan]
+SEED = 4
 TINY_BASE = Path(__file__).parents[1] / "data" / "tiny_base"
 RECIPE = """
 seed: 3
-objective: {type: flow_matching, sigma: uniform, shift: 7.0}
-optimizer: {type: adamw, lr: 0.0001}
-trainer: {max_steps: 50, accumulate: 2, precision: bf16-mixed}
+base: {{type: wan, path: {wan}, audio_weights: {wan}/infinitetalk.safetensors, dtype: float32}}
+adapter: {{type: lora, kind: {kind}}}
+objective: {{type: flow_matching, sigma: uniform, shift: 7.0}}
+optimizer: {{type: adamw, lr: 0.0001}}
+trainer: {{max_steps: 50, accumulate: 2, precision: bf16-mixed}}
 """
+FLOAT32 = Settings(dtype="float32")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_denoiser: MakeWan) -> Wan:
-    """A denoiser with moved factors on trunk and audio; alpha is not the rank."""
-    denoiser = tiny_denoiser()
-    Lora(rank=4, alpha=8.0).inject(denoiser, seed=0)
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base in Wan2.1's own layout."""
+    return write_original(tmp_path_factory.mktemp("wan"), draw_states(SEED))
+
+
+@pytest.fixture(scope="module")
+def make_denoiser(wan: Path) -> MakeWan:
+    def load() -> Wan:
+        audio = str(wan / "infinitetalk.safetensors")
+        denoiser = WanBase(path=str(wan), audio_weights=audio, dtype="float32").load_denoiser(CPU)
+        assert isinstance(denoiser, Wan)
+        return denoiser
+
+    return load
+
+
+def train(denoiser: Wan, path: Path, wan: Path, **options: Any) -> Path:
+    """Move all that would train, and write it as a run would."""
+    lora = Lora(**options)
+    lora.inject(denoiser, seed=0)
     with torch.no_grad():
         for name, parameter in trained_parameters(denoiser).items():
-            parameter.copy_(0.1 * draw_normal(tuple(parameter.shape), name))
-    return denoiser
-
-
-@pytest.fixture(scope="module")
-def adapter(trained: Wan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("trained") / "adapter.safetensors"
-    parts = ("attention", "ffn", "audio")
-    info = AdapterInfo("ann", "wan", "lora", parts, (), 40, RECIPE)
-    write_adapter(path, trained_parameters(trained), info)
+            parameter.add_(0.1 * draw_normal(tuple(parameter.shape), name))
+    recipe = RECIPE.format(wan=wan, kind=lora.kind)
+    info = AdapterInfo("ann", "wan", lora.kind, lora.parts, lora.train_fully, 40, recipe)
+    write_adapter(path, adapter_tensors(denoiser, trained_parameters(denoiser), lora.kind), info)
     return path
 
 
-def export(adapter: Path, target: str, out: Path) -> tuple[Exported, dict[str, Tensor]]:
-    exported = export_adapter(adapter, target, out, public_name)
-    return exported, load_file(exported.files[0])
+@pytest.fixture(scope="module")
+def trained(make_denoiser: MakeWan) -> Wan:
+    """A denoiser with moved factors on trunk and audio; alpha is not the rank."""
+    return make_denoiser()
+
+
+@pytest.fixture(scope="module")
+def adapter(trained: Wan, wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trained") / "adapter.safetensors"
+    return train(trained, path, wan, rank=4, alpha=8.0, ranks={"ffn": 2})
+
+
+def write(adapter: Path, target: str, out: Path, settings: Settings = FLOAT32) -> list[Path]:
+    return export(adapter, [target], out, no_report, settings=settings)
+
+
+def no_report(line: str) -> None:
+    """Tell nobody."""
 
 
 def header(path: Path) -> dict[str, str]:
@@ -95,25 +131,15 @@ def diffusers_velocity(network: nn.Module, batch: Batch) -> Tensor:
     return predicted
 
 
-def merge(denoiser: Wan, exported: dict[str, Tensor], prefix: str) -> None:
-    """Add up @ down to the weights, by the public names alone, as other programs do."""
-    weights = dict(denoiser.named_parameters())
-    suffix = ".lora_up.weight"
-    with torch.no_grad():
-        for key in (key for key in exported if key.endswith(suffix)):
-            layer = key.removesuffix(suffix)
-            change = exported[key] @ exported[f"{layer}.lora_down.weight"]
-            weights[f"{our_name(layer.removeprefix(prefix))}.weight"].add_(change)
-
-
 def test_diffusers_loads_it_and_computes_the_same(
-    trained: Wan, tiny_denoiser: MakeWan, adapter: Path, batch: Batch, tmp_path: Path
+    trained: Wan, make_denoiser: MakeWan, adapter: Path, batch: Batch, tmp_path: Path
 ) -> None:
-    state = tiny_denoiser().transformer.state_dict()
+    state = make_denoiser().transformer.state_dict()
     network = WanTransformer3DModel.from_config(dict(trained.transformer.config)).eval()
     network.load_state_dict({name: state[name] for name in network.state_dict()})
-    export(adapter, "diffusers", tmp_path)
-    tensors, facts = WanPipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
+    write(adapter, "diffusers", tmp_path)
+    folder = tmp_path / "diffusers"
+    tensors, facts = WanPipeline.lora_state_dict(folder, return_lora_metadata=True)
     before = diffusers_velocity(network, batch)
     network.load_lora_adapter(tensors, prefix="transformer", metadata=facts)
     after = diffusers_velocity(network, batch)
@@ -122,75 +148,157 @@ def test_diffusers_loads_it_and_computes_the_same(
     assert (after - before).norm() > 0.1 * before.norm()
 
 
+@pytest.mark.parametrize("target", ["comfyui", "kohya"])
 def test_merged_by_public_names_it_computes_the_same(
-    trained: Wan, tiny_denoiser: MakeWan, adapter: Path, batch: Batch, tmp_path: Path
+    trained: Wan,
+    make_denoiser: MakeWan,
+    adapter: Path,
+    batch: Batch,
+    tmp_path: Path,
+    target: str,
 ) -> None:
-    exported, trunk = export(adapter, "comfyui", tmp_path)
-    audio = load_file(exported.files[1])
-    assert all(key.startswith("diffusion_model.blocks.") for key in trunk)
-    merged = tiny_denoiser()
-    merge(merged, trunk, "diffusion_model.")
-    merge(merged, audio, "")
-    torch.testing.assert_close(velocity(merged, batch), velocity(trained, batch))
-    assert not torch.allclose(velocity(tiny_denoiser(), batch), velocity(trained, batch), atol=0.1)
+    file, audio = write(adapter, target, tmp_path)
+    merged = make_denoiser()
+    merge(merged, load_file(file))
+    with torch.no_grad():
+        for key, value in load_file(audio).items():
+            dict(merged.named_parameters())[our_name(key) or key].copy_(value)
+    torch.testing.assert_close(
+        velocity(merged, batch), velocity(trained, batch), rtol=1e-4, atol=1e-4
+    )
+    assert not torch.allclose(velocity(make_denoiser(), batch), velocity(trained, batch), atol=0.1)
 
 
-@pytest.mark.parametrize("target", ["comfyui", "diffusers"])
-def test_audio_goes_to_a_file_of_its_own(adapter: Path, target: str, tmp_path: Path) -> None:
-    exported, trunk = export(adapter, target, tmp_path)
-    audio = load_file(exported.files[1])
-    ours = load_file(adapter)
-    assert exported.files[1].name == "ann_audio.safetensors"
-    assert set(exported.matched) == set(trunk)
-    assert len(trunk) + len(audio) == len(ours)
-    assert not any("audio" in key for key in trunk)
-    assert all(key.startswith("diffusion_model.") and "audio" in key for key in audio)
-    assert set(exported.unmatched) == {name for name in ours if "audio" in name}
-    assert all("ann_audio.safetensors" in reason for reason in exported.unmatched.values())
+def merge(denoiser: Wan, exported: dict[str, Tensor]) -> None:
+    """Add alpha / rank * up @ down to the weights, by public names alone, as other programs do."""
+    weights = {}
+    for name, parameter in denoiser.named_parameters():
+        public = public_name(name.removesuffix(".weight")) or ""
+        weights[f"diffusion_model.{public}"] = parameter
+        weights[f"lora_unet_{public.replace('.', '_')}"] = parameter
+    with torch.no_grad():
+        for key in (key for key in exported if key.endswith(".lora_up.weight")):
+            layer = key.removesuffix(".lora_up.weight")
+            down, alpha = exported[f"{layer}.lora_down.weight"], exported[f"{layer}.alpha"]
+            weights[layer].add_(exported[key] @ down, alpha=alpha.item() / len(down))
 
 
-@pytest.mark.parametrize(("target", "alpha"), [("diffusers", 8.0), ("comfyui", 4.0)])
-def test_three_dialects_of_metadata(
-    adapter: Path, target: str, alpha: float, tmp_path: Path
+@pytest.mark.parametrize("target", ["comfyui", "diffusers", "kohya", "peft"])
+def test_audio_is_merged_into_a_file_of_its_own(
+    adapter: Path, wan: Path, target: str, tmp_path: Path
 ) -> None:
-    exported, _ = export(adapter, target, tmp_path)
-    found = header(exported.files[0])
-    assert found["ss_network_dim"] == "4"
-    assert float(found["ss_network_alpha"]) == alpha
+    *_, trunk, audio = write(adapter, target, tmp_path)
+    assert audio == tmp_path / "ann_infinitetalk.safetensors"
+    assert not any("audio" in key for key in load_file(trunk))
+    base, merged = load_file(wan / "infinitetalk.safetensors"), load_file(audio)
+    assert {key: value.shape for key, value in merged.items()} == {
+        key: value.shape for key, value in base.items()
+    }
+    changed = {key for key in base if not torch.equal(base[key], merged[key])}
+    assert changed == {key for key in base if key.endswith("weight") and "norm" not in key}
+    (alone,) = [
+        path
+        for path in write(adapter, target, tmp_path / "alone", Settings(with_audio=False))
+        if path.suffix == ".safetensors"
+    ]
+    assert alone.parent.name == target
+
+
+@pytest.mark.parametrize("target", ["comfyui", "diffusers", "kohya"])
+def test_three_dialects_of_metadata(adapter: Path, target: str, tmp_path: Path) -> None:
+    settings = Settings(dtype="float16", trigger="ann", with_audio=False)
+    (file,) = write(adapter, target, tmp_path, settings)
+    found = header(file)
+    assert {t.dtype for k, t in load_file(file).items() if "alpha" not in k} == {torch.float16}
+    assert found["ss_network_dim"] == found["ss_network_alpha"] == "Dynamic"
     assert found["ss_steps"] == "40"
     assert found["ss_max_train_steps"] == "50"
     assert found["ss_discrete_flow_shift"] == "7.0"
     assert found["modelspec.sai_model_spec"] == "1.0.0"
     assert found["modelspec.architecture"] == "wan2.1/lora"
     assert found["modelspec.title"] == found["ss_output_name"] == "ann"
+    assert found["modelspec.trigger_phrase"] == "ann"
     facts = json.loads(found["lora_adapter_metadata"])
-    assert facts["transformer.r"] == 4
-    assert facts["transformer.lora_alpha"] == alpha
+    assert facts["transformer.r"] == facts["transformer.lora_alpha"] == 4
+    assert facts["transformer.rank_pattern"]["blocks.0.ffn.net.2"] == 2
     assert "blocks.0.attn1.to_q" in facts["transformer.target_modules"]
     assert not any("audio" in layer for layer in facts["transformer.target_modules"])
+    assert not any(str(adapter.parent) in value for value in found.values())
 
 
-def test_an_adapter_of_audio_alone_is_one_file(tiny_denoiser: MakeWan, tmp_path: Path) -> None:
-    denoiser, path = tiny_denoiser(), tmp_path / "adapter.safetensors"
-    Lora(parts=[], train_fully=["audio"]).inject(denoiser, seed=0)
-    info = AdapterInfo("bob", "wan", "lora", (), ("audio",), 1, RECIPE)
-    write_adapter(path, trained_parameters(denoiser), info)
-    exported, tensors = export(path, "comfyui", tmp_path / "out")
-    assert [file.name for file in exported.files] == ["bob_audio.safetensors"]
-    assert exported.matched == ()
-    for key, tensor in tensors.items():
-        assert torch.equal(tensor, dict(denoiser.named_parameters())[our_name(key) or ""])
+@pytest.mark.parametrize("fully", [True, False])
+def test_an_adapter_of_audio_alone_is_one_file(
+    make_denoiser: MakeWan, wan: Path, tmp_path: Path, fully: bool
+) -> None:
+    denoiser = make_denoiser()
+    parts = {"parts": [], "train_fully": ["audio"]} if fully else {"parts": ["audio"]}
+    path = train(denoiser, tmp_path / "adapter.safetensors", wan, rank=4, **parts)
+    (file,) = write(path, "comfyui", tmp_path / "out")
+    assert file.name == "ann_infinitetalk.safetensors"
+    places = {name.replace(".base_layer.", "."): p for name, p in denoiser.named_parameters()}
+    for key, tensor in load_file(file).items():
+        if fully:
+            assert torch.equal(tensor, places[our_name(key) or key])
 
 
-@pytest.mark.parametrize("is_adapter", [True, False])
-def test_nothing_is_written_on_an_error(adapter: Path, tmp_path: Path, is_adapter: bool) -> None:
-    out = tmp_path / "out"
-    source = adapter if is_adapter else tmp_path / "nowhere.safetensors"
-    target = "difusers" if is_adapter else "diffusers"
-    message = "did you mean 'diffusers'" if is_adapter else "no file"
-    with pytest.raises(InputError, match=message):
-        export_adapter(source, target, out, public_name)
-    assert not out.exists()
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("difusers", "did you mean 'diffusers'"), ("comfyui", "dora does something else there")],
+)
+def test_nothing_is_written_on_an_error(
+    make_denoiser: MakeWan, wan: Path, tmp_path: Path, target: str, words: str
+) -> None:
+    path = train(make_denoiser(), tmp_path / "a.safetensors", wan, kind="dora", rank=2)
+    with pytest.raises(InputError, match=words):
+        export(path, ["peft", target], tmp_path / "out", no_report)
+    with pytest.raises(InputError, match="no file"):
+        export(tmp_path / "nowhere.safetensors", ["peft"], tmp_path / "out", no_report)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_absent_base_is_named(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="base.path: there is no folder 'gone'") as caught:
+        export(adapter, ["comfyui"], tmp_path / "out", no_report, overrides=["base.path=gone"])
+    assert "--without-audio" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["base", "wan"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_into_its_base_it_computes_the_same(
+    make_denoiser: MakeWan, wan: Path, batch: Batch, tmp_path: Path, target: str, kind: str
+) -> None:
+    denoiser = make_denoiser()
+    path = train(denoiser, tmp_path / "a.safetensors", wan, kind=kind, rank=2)
+    write(path, target, tmp_path / "out")
+    merged = tmp_path / "out" / target
+    if target == "wan":
+        write_tiny_configs(merged)
+        shutil.copy(wan / "config.json", merged)
+    else:
+        for file in TINY_BASE.glob("*/*.json"):
+            (merged / file.parent.name).mkdir(exist_ok=True)
+            shutil.copy(file, merged / file.parent.name)
+    audio = str(merged / "infinitetalk.safetensors") if target == "wan" else None
+    base = WanBase(path=str(merged), audio_weights=audio, random_weights=1, dtype="float32")
+    again = base.load_denoiser(CPU)
+    assert isinstance(again, Wan)
+    torch.testing.assert_close(
+        velocity(again, batch), velocity(denoiser, batch), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_large_bases_are_written_in_shards(tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.full((100,), float(n)) for n in range(5)}
+    *files, index = write_shards(iter(tensors.items()), tmp_path, limit=900)
+    assert [file.name[-19:] for file in files] == [
+        f"0000{n}-of-00003.safetensors"[-19:] for n in (1, 2, 3)
+    ]
+    facts = json.loads(index.read_text())
+    assert facts["metadata"]["total_size"] == 2000
+    for name, file in facts["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+    assert len(facts["weight_map"]) == 5
 
 
 def test_a_fully_trained_denoiser_becomes_a_base(
@@ -200,18 +308,37 @@ def test_a_fully_trained_denoiser_becomes_a_base(
     Full(start=0.5).inject(denoiser, seed=0)
     for parameter in denoiser.parameters():
         parameter.data = parameter.half().float()
-    info = AdapterInfo("ann", "wan", "lora", (), ("all",), 9, RECIPE)
+    recipe = RECIPE.format(wan="gone", kind="lora")
+    info = AdapterInfo("ann", "wan", "lora", (), ("all",), 9, recipe)
     write_adapter(tmp_path / "all.safetensors", trained_parameters(denoiser), info)
     shutil.copytree(TINY_BASE, tmp_path / "base")
-    export_adapter(tmp_path / "all.safetensors", "base", tmp_path / "base", public_name)
+    write(tmp_path / "all.safetensors", "base", tmp_path, Settings(dtype="float16"))
     loaded = WanBase(path=str(tmp_path / "base"), random_weights=1, dtype="float32")
-    again = loaded.load_denoiser(torch.device("cpu"))
+    again = loaded.load_denoiser(CPU)
     sigma = torch.full((len(batch.keys),), 0.5)
     with torch.no_grad():
         expected = denoiser(batch.latents, sigma, batch.conditions)
         assert torch.equal(again(batch.latents, sigma, batch.conditions), expected)
+    with pytest.raises(InputError, match="every parameter trained"):
+        write(tmp_path / "all.safetensors", "comfyui", tmp_path)
 
 
-def test_an_adapter_is_no_base(adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="only a fully trained denoiser is a base"):
-        export_adapter(adapter, "base", tmp_path, public_name)
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_resized_factors_are_the_nearest_there_are(
+    make_denoiser: MakeWan, wan: Path, tmp_path: Path, kind: str
+) -> None:
+    path = train(make_denoiser(), tmp_path / "a.safetensors", wan, kind=kind, rank=4, alpha=2.0)
+    (file,) = write(path, "kit", tmp_path, Settings(dtype="float32", rank=3))
+    small, info = load_adapter(file)
+    assert info.kind == "lora"
+    tensors, _ = load_adapter(path)
+    for layer, factors in scaled_layers(tensors, kind).items():
+        change = product(
+            {NATIVE_NAMES.get(n, n).removesuffix(".weight"): t for n, t in factors.items()}
+        )
+        up, down = small[f"{layer}.lora_B.weight"], small[f"{layer}.lora_A.weight"]
+        assert down.shape[0] <= 3
+        lost = torch.linalg.svdvals(change)[len(down) :].norm()
+        torch.testing.assert_close((up @ down - change).norm(), lost, rtol=1e-2, atol=1e-4)
+    fresh = make_denoiser()
+    apply_adapter(fresh, small, "lora")

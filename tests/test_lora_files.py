@@ -1,13 +1,15 @@
-"""LoRA files of the public, merged while the denoiser is read: every dialect, and nothing lost."""
+"""Adapter files merged while the denoiser is read: every kind and dialect, and nothing lost."""
 
 import json
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -211,6 +213,229 @@ def test_alpha_stated_once_for_all_is_honoured(folder: Path, drawn: State) -> No
     assert_changed(base_with(folder, LoraFile(file)), drawn, change)
 
 
+LAYER = "transformer.blocks.0.attn1.to_q"
+KINDS: dict[str, dict[str, tuple[int, ...]]] = {
+    "LoRA": {"lora_A.weight": (RANK, 48), "lora_B.weight": (48, RANK)},
+    "LoHa": {
+        "hada_w1_a": (48, RANK),
+        "hada_w1_b": (RANK, 48),
+        "hada_w2_a": (48, RANK),
+        "hada_w2_b": (RANK, 48),
+    },
+    "LoKr": {"lokr_w1": (4, 6), "lokr_w2_a": (12, RANK), "lokr_w2_b": (RANK, 8)},
+    "LoKr of factored sides": {
+        "lokr_w1_a": (6, RANK),
+        "lokr_w1_b": (RANK, 4),
+        "lokr_w2_a": (8, RANK),
+        "lokr_w2_b": (RANK, 12),
+    },
+    "LoKr of whole sides": {"lokr_w1": (6, 6), "lokr_w2": (8, 8)},
+}
+"""Shapes of the factors of a layer from 48 to 48, by PEFT's names."""
+
+
+def side(factors: State, name: str) -> Tensor:
+    return factors[name] if name in factors else factors[f"{name}_a"] @ factors[f"{name}_b"]
+
+
+PRODUCTS: dict[str, Callable[[State], Tensor]] = {
+    "LoRA": lambda factors: factors["lora_B.weight"] @ factors["lora_A.weight"],
+    "LoHa": lambda factors: side(factors, "hada_w1") * side(factors, "hada_w2"),
+    "LoKr": lambda factors: torch.einsum(
+        "ij,kl->ikjl", side(factors, "lokr_w1"), side(factors, "lokr_w2")
+    ).reshape(48, 48),
+}
+"""The formulas of the papers."""
+
+
+def kohya_name(name: str) -> str:
+    renamed = name.replace("lora_A.", "lora_down.").replace("lora_B.", "lora_up.")
+    return renamed.replace("lora_magnitude_vector", "dora_scale")
+
+
+WRITERS: dict[str, Callable[[str], str]] = {
+    "ours": lambda name: f"{LAYER}.{name}",
+    "peft": lambda name: f"base_model.model.blocks.0.attn1.to_q.{name}",
+    "native": lambda name: f"diffusion_model.blocks.0.self_attn.q.{kohya_name(name)}",
+    "kohya": lambda name: f"lora_unet_blocks_0_self_attn_q.{kohya_name(name)}",
+    "LyCORIS": lambda name: f"lycoris_blocks_0_attn1_to_q.{kohya_name(name)}",
+}
+"""The key of a layer's tensor, in the words of each program."""
+
+
+@pytest.mark.parametrize("magnitude_shape", [None, (48,), (48, 1), (1, 48)])
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_merges_by_its_formula(
+    folder: Path, drawn: State, kind: str, writer: str, magnitude_shape: tuple[int, ...] | None
+) -> None:
+    weight = drawn[f"{LAYER}.weight"]
+    tensors = {name: draw_normal(shape, 4, name) for name, shape in KINDS[kind].items()}
+    # Files do not tell the rank of whole sides, so that nobody scales them.
+    scale = 1 if "whole" in kind else 1.5 / RANK
+    changed = weight + scale * PRODUCTS[kind[:4]](tensors)
+    tensors["alpha"] = torch.tensor(1.5)
+    if magnitude_shape is not None:
+        magnitude = 1 + draw_normal((48,), 4, "magnitude").abs()
+        tensors["lora_magnitude_vector"] = magnitude.reshape(magnitude_shape)
+        is_of_inputs = magnitude_shape[0] == 1
+        norms = changed.norm(dim=0 if is_of_inputs else 1)
+        factors = magnitude / norms
+        changed = changed * (factors if is_of_inputs else factors[:, None])
+    named = {WRITERS[writer](name): tensor for name, tensor in tensors.items()}
+    base = base_with(folder, LoraFile(written(folder / "x.safetensors", named), strength=0.7))
+    assert base_problems(base) == []
+    assert_changed(base, drawn, {f"{LAYER}.weight": 0.7 * (changed - weight)})
+
+
+CONFIGS: dict[str, PeftConfig] = {
+    "LoRA": LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["attn1.to_q", "ffn.net.2"],
+        use_rslora=True,
+        rank_pattern={"ffn.net.2": 2},
+        alpha_pattern={"^blocks.1.ffn.net.2": 5},
+    ),
+    "DoRA": LoraConfig(r=4, lora_alpha=6, target_modules=["attn1.to_q"], use_dora=True),
+    "LoHa": LoHaConfig(r=2, alpha=6, target_modules=["attn1.to_q", "add_k_proj"]),
+    "LoKr": LoKrConfig(r=2, alpha=6, target_modules=["attn1.to_q"], decompose_factor=4),
+    "LoKr of whole sides": LoKrConfig(r=64, alpha=6, target_modules=["attn1.to_q", "ffn.net.2"]),
+}
+
+
+@pytest.mark.parametrize("path", ["peft", "peft/adapter_model.safetensors"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_folders_of_peft_merge_as_peft_merges(
+    folder: Path, drawn: State, config: PeftConfig, path: str
+) -> None:
+    net = base_with(folder).load_denoiser(CPU).transformer
+    model: Any = get_peft_model(cast(Any, net), config)
+    for name, parameter in model.named_parameters():
+        if ".default" in name:
+            parameter.data += 0.1 * draw_normal(tuple(parameter.shape), 5, name)
+    model.save_pretrained(str(folder / "peft"))
+    merged = model.merge_and_unload().state_dict()
+    base = base_with(folder, LoraFile(str(folder / path)))
+    assert base_problems(base) == []
+    changes = {}
+    for name, value in merged.items():
+        ours = f"transformer.{name}"
+        if not torch.equal(value, drawn[ours]):
+            changes[ours] = value - drawn[ours]
+    assert changes
+    assert_changed(base, drawn, changes)
+
+
+def test_recipes_name_folders_of_peft(folder: Path) -> None:
+    (folder / "peft").mkdir()
+    file = written(folder / "peft" / "adapter_model.safetensors", {"x.alpha": torch.ones(())})
+    checked = TypeAdapter(LoraFile)
+    assert checked.validate_python({"file": str(folder / "peft")}).file == file
+    for wrong in (str(folder), 5):
+        with pytest.raises(ValueError, match="file"):
+            checked.validate_python({"file": wrong})
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_damaged_configuration_of_peft_is_told(folder: Path, text: str) -> None:
+    written(folder / "adapter_model.safetensors", {"x.alpha": torch.ones(())})
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(InputError, match="adapter_config.json' is no configuration of an adapter"):
+        match_lora(LoraFile(str(folder)), {})
+
+
+def test_adapters_of_this_kit_bring_whole_parameters(folder: Path, drawn: State) -> None:
+    """Of parts that trained fully, beside factors."""
+    down, up = factors(drawn, LAYER)
+    names = ["audio_proj.proj1.weight", "transformer.blocks.1.norm_x.bias"]
+    whole = {name: draw_normal(tuple(drawn[name].shape), 6, name) for name in names}
+    pair = {f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up}
+    alpha = {f"{LAYER}.alpha": torch.tensor(6.0)}
+    file = written(folder / "x.safetensors", pair | alpha | whole, charakit="{}")
+    changes = {name: 0.25 * (value - drawn[name]) for name, value in whole.items()}
+    changes[f"{LAYER}.weight"] = 0.25 * 6 / RANK * (up @ down)
+    assert_changed(base_with(folder, LoraFile(file, strength=0.25)), drawn, changes)
+    other = written(folder / "other.safetensors", pair | whole)
+    (problem,) = base_problems(base_with(folder, LoraFile(other)))
+    assert "2 of its 4 tensors have no place" in problem
+
+
+def test_differences_and_whole_tensors_in_the_words_of_comfyui(folder: Path, drawn: State) -> None:
+    block, theirs = "transformer.blocks.0", "diffusion_model.blocks.0"
+    names = {
+        f"{theirs}.modulation.diff": f"{block}.scale_shift_table",
+        f"{theirs}.norm3.w_norm": f"{block}.norm2.weight",
+        f"{theirs}.norm3.b_norm": f"{block}.norm2.bias",
+        f"{theirs}.self_attn.q.set_weight": f"{block}.attn1.to_q.weight",
+        f"{theirs}.self_attn.q.bias.set_weight": f"{block}.attn1.to_q.bias",
+    }
+    tensors = {key: draw_normal(tuple(drawn[ours].shape), 3, key) for key, ours in names.items()}
+    changes = {
+        ours: tensors[key] - (drawn[ours] if "set" in key else 0) for key, ours in names.items()
+    }
+    file = written(folder / "x.safetensors", tensors)
+    assert_changed(base_with(folder, LoraFile(file)), drawn, changes)
+
+
+INCOMPLETE: dict[str, dict[str, tuple[int, ...]]] = {
+    "no complete set of factors": {
+        "lora_down.weight": (RANK, 48),
+        "lora_mid.weight": (RANK, RANK, 3, 3),
+        "lora_up.weight": (48, RANK),
+    },
+    "magnitude [7] is none of [48, 48]": {
+        "lora_down.weight": (RANK, 48),
+        "lora_up.weight": (48, RANK),
+        "dora_scale": (7,),
+    },
+    "factors [48, 3] and [3, 48] and [48, 3] and [3, 24] do not make [48, 48]": {
+        **KINDS["LoHa"],
+        "hada_w2_b": (RANK, 24),
+    },
+    "factors [6, 6] and [6, 6] do not make [48, 48]": {"lokr_w1": (6, 6), "lokr_w2": (6, 6)},
+}
+
+
+@pytest.mark.parametrize("reason", INCOMPLETE)
+def test_a_layer_is_changed_by_all_of_its_tensors_or_by_none(
+    folder: Path, drawn: State, reason: str
+) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in drawn.items()}
+    tensors = {WRITERS["native"](n): torch.ones(shape) for n, shape in INCOMPLETE[reason].items()}
+    match = match_lora(LoraFile(written(folder / "x.safetensors", tensors)), shapes)
+    assert not match.changes
+    assert match.unmatched == dict.fromkeys(tensors, reason)
+
+
+def test_what_is_stated_twice_is_told(folder: Path, drawn: State) -> None:
+    down, up = factors(drawn, LAYER)
+    key = "diffusion_model.blocks.0.self_attn.q"
+    pair = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+    file = written(folder / "x.safetensors", pair | {f"{key}.lora_A.weight": down.clone()})
+    (problem,) = base_problems(base_with(folder, LoraFile(file)))
+    assert "1 of its 3 tensors have no place" in problem
+
+
+def test_surveys_name_the_kind(folder: Path) -> None:
+    tensors = {WRITERS["kohya"](n): torch.ones(shape) for n, shape in KINDS["LoHa"].items()}
+    survey = survey_file(Path(written(folder / "x.safetensors", tensors)))
+    expected = "4 tensors for 1 layers, LoHa, rank 3, without image layers, as for text-to-video"
+    assert survey.lines == (expected,)
+
+
+def test_an_alpha_beside_the_factors_wins_over_that_of_the_header(
+    folder: Path, drawn: State
+) -> None:
+    down, up = factors(drawn, LAYER)
+    pair = dict(zip(DIALECTS["kohya"](LAYER, LAYERS[LAYER]), (down, up), strict=True))
+    alpha = {f"diffusion_model.{LAYERS[LAYER]}.alpha": torch.tensor(1.5)}
+    settings = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 6})
+    file = written(folder / "lora.safetensors", pair | alpha, lora_adapter_metadata=settings)
+    change = {f"{LAYER}.weight": 1.5 / RANK * (up @ down)}
+    assert_changed(base_with(folder, LoraFile(file)), drawn, change)
+
+
 def test_files_merge_into_quantised_weights(folder: Path, drawn: State) -> None:
     ours = "transformer.blocks.0.attn1.to_q"
     public = {public_name(name) or name: value for name, value in drawn.items()}
@@ -238,16 +463,16 @@ def test_text_to_video_files_fit_and_image_layers_stay(folder: Path, drawn: Stat
     survey = survey_file(Path(file))
     assert survey.heading == "a LoRA file"
     assert survey.lines == (
-        "8 tensors for 4 layers, rank 3, without image layers, as for text-to-video",
+        "8 tensors for 4 layers, LoRA, rank 3, without image layers, as for text-to-video",
     )
 
 
 UNMATCHED = {
     "diffusion_model.blocks.9.self_attn.q.lora_down.weight": "no such layer",
-    "diffusion_model.blocks.0.self_attn.k.lora_up.weight": "a factor without the other",
+    "diffusion_model.blocks.0.self_attn.k.lora_up.weight": "no complete set of factors",
     "diffusion_model.patch_embedding.diff": "is [48, 16, 1, 2, 2], not [48, 36, 1, 2, 2]",
     "diffusion_model.blocks.0.self_attn.v.alpha": "alpha without factors",
-    "diffusion_model.blocks.0.self_attn.o.hada_w1_a": "not understood as part of a LoRA",
+    "diffusion_model.blocks.0.self_attn.o.oft_blocks": "not understood as part of an adapter",
 }
 
 
@@ -288,12 +513,6 @@ def test_a_file_of_which_nothing_fits_is_always_an_error(folder: Path) -> None:
     base = base_with(folder, LoraFile(file, unmatched="skip"))
     with pytest.raises(InputError, match="nothing in it has a place in this denoiser"):
         base.load_denoiser(CPU)
-
-
-def test_other_adapters_are_refused(folder: Path) -> None:
-    file = written(folder / "dora.safetensors", {"x.dora_scale": torch.ones(3)})
-    with pytest.raises(InputError, match="holds DoRA"):
-        base_with(folder, LoraFile(file)).load_denoiser(CPU)
 
 
 def test_recipes_name_files_strictly(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,165 +1,140 @@
-"""Write an adapter for other programs, and say which of its tensors they know.
+"""Write an adapter for other programs, in the names and with the scales that they read.
 
-Both formats hold the trunk of Wan. The audio layers are no part of the Wan that these programs
-adapt, so they go to a file of their own under their public names.
+What these programs adapt is Wan's trunk. The audio layers are no part of it, and neither are
+parameters that trained whole: see `kit.adapters.merged` for them.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from kit.adapters.files import AdapterInfo, load_adapter, write_tensors
-from kit.adapters.metadata import metadata
-from kit.errors import InputError, did_you_mean
+from kit.adapters.files import AdapterInfo, write_tensors
+from kit.adapters.kinds import ALPHA, KINDS, by_layer
+from kit.adapters.metadata import metadata, peft_config
 from kit.models.keys import is_audio
 
 TRUNK = "transformer."
 """Our names start so where diffusers' Wan has the same layer."""
 
-
-@dataclass(frozen=True)
-class Exported:
-    """What became of an adapter.
-
-    Attributes:
-        files: written.
-        matched: keys written for layers of Wan's trunk, by the table of its public names.
-        unmatched: our names of tensors that it does not, and why.
-    """
-
-    files: tuple[Path, ...]
-    matched: tuple[str, ...]
-    unmatched: Mapping[str, str]
-
-
-PREFIX = "diffusion_model."
-"""What ComfyUI and the public InfiniteTalk code expect before the names of factors."""
-
 PublicName = Callable[[str], str | None]
 """Translates our name of a layer or tensor to the public checkpoint's, if it has one."""
 
+Layers = Mapping[str, Mapping[str, Tensor]]
+"""Tensors of an adapter, by our name of the layer and their names below it."""
 
-def export_adapter(source: Path, target: str, out: Path, public_name: PublicName) -> Exported:
-    """Write an adapter file in the format of another program.
+NATIVE_NAMES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+"""What Wan's own programs call factors; others have the same names everywhere."""
 
-    Args:
-        source: adapter file of this kit.
-        target: a name from `FORMATS`.
-        out: folder to write to.
-        public_name: of the base's tensors.
 
-    Raises:
-        InputError: no such format, or the source cannot be read.
+@dataclass(frozen=True)
+class Trunk:
+    """The factors of an adapter on Wan's trunk.
+
+    Attributes:
+        info: of the adapter.
+        layers: scaled already: alpha is the rank, which readers agree on who ignore it.
+        public_name: of the base's layers.
+        dtype: to write in.
+        trigger: word in captions that calls for what was learnt; may be empty.
     """
-    if target not in FORMATS:
-        raise InputError(f"export: unknown format '{target}'{did_you_mean(target, FORMATS)}")
-    tensors, info = load_adapter(source)
-    out.mkdir(parents=True, exist_ok=True)
-    return FORMATS[target](tensors, info, out, public_name)
 
+    info: AdapterInfo
+    layers: Layers
+    public_name: PublicName
+    dtype: torch.dtype
+    trigger: str = ""
 
-def _diffusers(
-    tensors: Mapping[str, Tensor], info: AdapterInfo, out: Path, public_name: PublicName
-) -> Exported:
-    trunk, rest = _split(tensors)
-    header = metadata(info, _layers(trunk), info.alpha)
-    file = out / "pytorch_lora_weights.safetensors"
-    return _save(file, trunk, header, rest, info, public_name)
+    @property
+    def header(self) -> dict[str, str]:
+        """Metadata in the dialects of all programs."""
+        return metadata(self.info, self.ranks(), self.trigger)
 
-
-def _comfyui(
-    tensors: Mapping[str, Tensor], info: AdapterInfo, out: Path, public_name: PublicName
-) -> Exported:
-    # Some loaders ignore alpha, all agree where it equals the rank: the scale goes into `up`.
-    trunk, rest = _split(tensors)
-    header = metadata(info, _layers(trunk), float(info.rank))
-    named = _public(trunk, info, public_name)
-    written = {PREFIX + name: tensor for name, tensor in named.items()}
-    return _save(out / f"{info.name}_comfyui.safetensors", written, header, rest, info, public_name)
-
-
-def _base(
-    tensors: Mapping[str, Tensor], info: AdapterInfo, out: Path, public_name: PublicName
-) -> Exported:
-    """Write the denoiser's part of a base folder, in half precision."""
-    if info.train_fully != ("all",):
-        raise InputError("export: only a fully trained denoiser is a base; this is an adapter")
-    halves = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
-    audio = {name: tensor for name, tensor in halves.items() if is_audio(name)}
-    trunk = {n.removeprefix(TRUNK): t for n, t in halves.items() if n not in audio}
-    files = {
-        out / "transformer" / "diffusion_pytorch_model.safetensors": trunk,
-        out / "audio" / "model.safetensors": _public(audio, info, public_name),
-    }
-    for path, content in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, content, {"format": "pt"})
-    return Exported(tuple(files), tuple(tensors), {})
-
-
-Writer = Callable[[Mapping[str, Tensor], AdapterInfo, Path, PublicName], Exported]
-
-FORMATS: dict[str, Writer] = {"diffusers": _diffusers, "comfyui": _comfyui, "base": _base}
-"""Name to writer."""
-
-
-def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Part the factors on Wan's trunk from all the rest."""
-    trunk = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name.startswith(TRUNK) and ".lora_" in name and not is_audio(name)
-    }
-    return trunk, {name: tensor for name, tensor in tensors.items() if name not in trunk}
-
-
-def _save(
-    file: Path,
-    trunk: dict[str, Tensor],
-    header: dict[str, str],
-    rest: Mapping[str, Tensor],
-    info: AdapterInfo,
-    public_name: PublicName,
-) -> Exported:
-    files = []
-    if trunk:
-        write_tensors(file, trunk, header)
-        files.append(file)
-    if rest:
-        files.append(file.parent / f"{info.name}_audio.safetensors")
-        # Factors are looked for below this prefix; whole tensors are public files of their own.
-        audio = {
-            (PREFIX if ".lora_" in name else "") + name: tensor
-            for name, tensor in _public(rest, info, public_name).items()
+    def named(self, name: Callable[[str, str], str]) -> dict[str, Tensor]:
+        """Give the tensors under the names that a function makes of layer and tensor."""
+        return {
+            name(layer, own): tensor.to(self.dtype)
+            for layer, tensors in self.layers.items()
+            for own, tensor in tensors.items()
         }
-        write_tensors(files[-1], audio, {"format": "pt"})
-    reason = f"no layer of Wan's trunk; in {info.name}_audio.safetensors"
-    return Exported(tuple(files), tuple(trunk), dict.fromkeys(rest, reason))
+
+    def ranks(self) -> dict[str, int]:
+        """Tell the rank of each layer, by diffusers' name."""
+        return {layer.removeprefix(TRUNK): self._rank(t) for layer, t in self.layers.items()}
+
+    def alphas(self, name: Callable[[str, str], str]) -> dict[str, Tensor]:
+        """State the alpha of each layer, for readers who look for it."""
+        ranks = {layer: self._rank(tensors) for layer, tensors in self.layers.items()}
+        return {name(layer, ALPHA): torch.tensor(float(rank)) for layer, rank in ranks.items()}
+
+    def _rank(self, tensors: Mapping[str, Tensor]) -> int:
+        shapes = {own: tuple(tensor.shape) for own, tensor in tensors.items()}
+        rank = KINDS[self.info.kind].rank(shapes)
+        # PEFT factors nothing from a rank on that is large enough.
+        return max(max(shape) for shape in shapes.values()) if rank is None else rank
 
 
-def _layers(tensors: Mapping[str, Tensor]) -> set[str]:
-    return {_layer(name).removeprefix(TRUNK) for name in tensors}
+def scaled_layers(tensors: Mapping[str, Tensor], kind: str) -> dict[str, dict[str, Tensor]]:
+    """Sort an adapter's factors by layer, and multiply alpha / rank into them. In float32"""
+    layers = {}
+    for layer, names in by_layer(tensors, kind).items():
+        factors = {own: tensors[key].float() for own, key in names.items() if own != ALPHA}
+        rank = KINDS[kind].rank({own: tuple(tensor.shape) for own, tensor in factors.items()})
+        if rank is not None and ALPHA in names:
+            scaled = next(own for own in KINDS[kind].scaled if own in factors)
+            factors[scaled] = factors[scaled] * (float(tensors[names[ALPHA]]) / rank)
+        layers[layer] = factors
+    return layers
 
 
-def _public(
-    tensors: Mapping[str, Tensor], info: AdapterInfo, public_name: PublicName
-) -> dict[str, Tensor]:
-    """Rename tensors to public names; factors become lora_down and lora_up, scaled already."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        layer = _layer(name)
-        public = public_name(layer)
-        assert public is not None, f"{layer} has no public name"
-        if ".lora_A." in name:
-            renamed[f"{public}.lora_down.weight"] = tensor
-        elif ".lora_B." in name:
-            renamed[f"{public}.lora_up.weight"] = tensor * (info.alpha / info.rank)
-        else:
-            renamed[public] = tensor
-    return renamed
+def is_trunk(layer: str) -> bool:
+    """Tell whether a layer, by our name, is one of Wan's trunk."""
+    return layer.startswith(TRUNK) and not is_audio(layer)
 
 
-def _layer(name: str) -> str:
-    return name.split(".lora_")[0]
+def _diffusers(trunk: Trunk, out: Path) -> list[Path]:
+    file = out / "pytorch_lora_weights.safetensors"
+    write_tensors(file, trunk.named(lambda layer, own: f"{layer}.{own}"), trunk.header)
+    return [file]
+
+
+def _comfyui(trunk: Trunk, out: Path) -> list[Path]:
+    def name(layer: str, own: str) -> str:
+        return f"diffusion_model.{trunk.public_name(layer)}.{NATIVE_NAMES.get(own, own)}"
+
+    return _native(trunk, out / f"{trunk.info.name}_comfyui.safetensors", name)
+
+
+def _kohya(trunk: Trunk, out: Path) -> list[Path]:
+    def name(layer: str, own: str) -> str:
+        public = (trunk.public_name(layer) or "").replace(".", "_")
+        return f"lora_unet_{public}.{NATIVE_NAMES.get(own, own)}"
+
+    return _native(trunk, out / f"{trunk.info.name}_kohya.safetensors", name)
+
+
+def _native(trunk: Trunk, file: Path, name: Callable[[str, str], str]) -> list[Path]:
+    write_tensors(file, trunk.named(name) | trunk.alphas(name), trunk.header)
+    return [file]
+
+
+def _peft(trunk: Trunk, out: Path) -> list[Path]:
+    config = out / "adapter_config.json"
+    facts = peft_config(trunk.info, trunk.ranks())
+    config.write_text(json.dumps(facts, indent=2) + "\n")
+    file = out / "adapter_model.safetensors"
+    names = trunk.named(lambda layer, own: f"base_model.model.{layer.removeprefix(TRUNK)}.{own}")
+    write_tensors(file, names, {"format": "pt"})
+    return [config, file]
+
+
+FORMATS: dict[str, Callable[[Trunk, Path], list[Path]]] = {
+    "diffusers": _diffusers,
+    "comfyui": _comfyui,
+    "kohya": _kohya,
+    "peft": _peft,
+}
+"""Name to writer of the factors on Wan's trunk."""

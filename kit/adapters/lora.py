@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -10,10 +11,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import Tensor, nn
 
+from kit.adapters.importing import find
 from kit.adapters.kinds import ALPHA, KINDS, Shape, Size, Sizes, by_layer
 from kit.draws import seed_of
 from kit.errors import InputError, did_you_mean
 from kit.models.base import Denoiser
+from kit.models.checkpoints import parameter_shapes
+from kit.models.tensor_files import shorten
+from kit.recipe import ExistingFile
 
 ADAPTER_NAME = "default"
 
@@ -35,6 +40,8 @@ class Lora:
         train_fully: parts trained without factors, all their parameters.
         dropout: share of the factors' inputs dropped in training, 0 to 1; of `lora` and `dora`.
         factor: of `lokr`: how the sizes of weights are split in two; -1 splits them most evenly.
+        start: adapter to go on from, of this kit or another program; its layers keep their ranks
+            and alphas, others begin afresh.
 
     Source: Hu et al. 2021; ranks of 16 to 64 with alpha = rank are usual for characters on Wan;
     rank-stabilised: Kalajdzievski 2023. See `KINDS` for the others.
@@ -53,6 +60,7 @@ class Lora:
         train_fully: Sequence[Part] = (),
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         factor: Annotated[int, Field(ge=-1)] = -1,
+        start: ExistingFile | None = None,
     ) -> None:
         self.kind = kind
         self.rank = rank
@@ -64,6 +72,7 @@ class Lora:
         self.train_fully = tuple(train_fully)
         self.dropout = dropout
         self.factor = factor
+        self.start = None if start is None else Path(start)
 
     def size(self, part: Part) -> Size:
         """Give the rank of a part's layers, and the alpha that scales them when divided by it."""
@@ -84,7 +93,27 @@ class Lora:
             found.append(f"adapter.dropout: '{self.kind}' has none; take 0")
         if self.factor != -1 and self.kind != "lokr":
             found.append(f"adapter.factor: '{self.kind}' splits no sizes; leave it out")
-        return found
+        return found or self._start_problems(denoiser)
+
+    def _start_problems(self, denoiser: Denoiser) -> list[str]:
+        """Say what of the adapter to go on from would be lost."""
+        if self.start is None:
+            return []
+        try:
+            found = find(self.start, parameter_shapes(denoiser))
+        except InputError as error:
+            return [f"adapter.start: {error}"]
+        if found.kind not in (None, self.kind):
+            return [f"adapter.kind: '{self.start}' is a {found.kind}, not a {self.kind}"]
+        lost = {
+            "parts": found.factors.keys() - self._sizes(denoiser).keys(),
+            "train_fully": found.whole.keys() - self._whole(denoiser),
+        }
+        return [
+            f"adapter.{name}: '{self.start}' changes {shorten(sorted(names))}, which would be lost"
+            for name, names in lost.items()
+            if names
+        ]
 
     def _unknown(self, denoiser: Denoiser) -> list[str]:
         lists = (("parts", self.parts), ("train_fully", self.train_fully))
@@ -102,11 +131,29 @@ class Lora:
         Factors start as the identity: the denoiser's output does not change.
         """
         denoiser.requires_grad_(False)
-        sizes = {layer: self.size(part) for part in self.parts for layer in denoiser.parts()[part]}
+        sizes, tensors = self._sizes(denoiser), {}
+        if self.start is not None:
+            tensors = find(self.start, parameter_shapes(denoiser)).read()
+            sizes |= _sizes_of(tensors, self.kind)
+        whole = self._whole(denoiser)
         add_factors(denoiser, self.kind, sizes, self.dropout, self.factor, seed)
-        fully = [name for part in self.train_fully for name in denoiser.trainable_parts()[part]]
-        for name in fully:
-            denoiser.get_submodule(name).float().requires_grad_(True)
+        for name in whole:
+            parameter = denoiser.get_parameter(name)
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        put_tensors(denoiser, tensors, self.kind)
+
+    def _sizes(self, denoiser: Denoiser) -> dict[str, Size]:
+        return {layer: self.size(part) for part in self.parts for layer in denoiser.parts()[part]}
+
+    def _whole(self, denoiser: Denoiser) -> set[str]:
+        """Name the parameters of parts that train without factors."""
+        modules = [name for part in self.train_fully for name in denoiser.trainable_parts()[part]]
+        return {
+            f"{module}.{name}"
+            for module in modules
+            for name, _ in denoiser.get_submodule(module).named_parameters()
+        }
 
 
 def add_factors(
@@ -182,17 +229,27 @@ def apply_adapter(denoiser: Denoiser, tensors: Mapping[str, Tensor], kind: str) 
         InputError: a tensor has no place in this denoiser, or another shape.
     """
     require_fit(denoiser, tensors, kind)
+    add_factors(denoiser, kind, _sizes_of(tensors, kind))
+    put_tensors(denoiser, tensors, kind)
+
+
+@torch.no_grad()
+def put_tensors(denoiser: nn.Module, tensors: Mapping[str, Tensor], kind: str) -> None:
+    """Give a denoiser that has factors already their numbers, and whole parameters theirs."""
     layers = by_layer(tensors, kind)
-    sizes = {layer: _size(names, tensors, kind) for layer, names in layers.items()}
-    add_factors(denoiser, kind, sizes)
     for layer, names in layers.items():
         own = {name: tensors[key] for name, key in names.items() if name != ALPHA}
         _set_factors(denoiser.get_submodule(layer), own)
     places = {adapter_key(name): p for name, p in denoiser.named_parameters()}
     in_layers = {key for names in layers.values() for key in names.values()}
-    with torch.no_grad():
-        for name in tensors.keys() - in_layers:
-            places[name].copy_(tensors[name])
+    for name in tensors.keys() - in_layers:
+        places[name].copy_(tensors[name])
+
+
+def _sizes_of(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Size]:
+    """Find how large an adapter's factors are."""
+    layers = by_layer(tensors, kind)
+    return {layer: _size(names, tensors, kind) for layer, names in layers.items()}
 
 
 def _size(names: Mapping[str, str], tensors: Mapping[str, Tensor], kind: str) -> Size:
@@ -225,7 +282,7 @@ def require_fit(denoiser: Denoiser, tensors: Mapping[str, Tensor], kind: str) ->
     Raises:
         InputError: lists the tensors that do not fit.
     """
-    shapes = {name: tuple(p.shape) for name, p in denoiser.named_parameters()}
+    shapes = parameter_shapes(denoiser)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     layers = by_layer(tensors, kind)
     in_layers = {key for names in layers.values() for key in names.values()}

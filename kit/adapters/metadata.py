@@ -5,44 +5,62 @@ No paths and no user names go in.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
-from peft import LoraConfig
 from ruamel.yaml import YAML
 
 from kit.adapters.files import AdapterInfo
+from kit.adapters.kinds import KINDS, Size
+
+_MODULES = {
+    "lora": "networks.lora",
+    "dora": "networks.lora",
+    "loha": "networks.loha",
+    "lokr": "networks.lokr",
+}
+"""Modules of musubi-tuner that train such adapters."""
 
 ARCHITECTURES = {"wan": "wan2.1/lora"}
 """ModelSpec's architecture by the base's type; Source: musubi-tuner."""
 
 
-def metadata(info: AdapterInfo, layers: Iterable[str], alpha: float) -> dict[str, str]:
-    """Describe an exported adapter.
+def metadata(info: AdapterInfo, ranks: Mapping[str, int], trigger: str = "") -> dict[str, str]:
+    """Describe an exported adapter, whose scale is in its factors: alpha is the rank.
 
     Args:
         info: of the adapter.
-        layers: modules with factors, as diffusers names them below `transformer.`.
-        alpha: that a reader should assume; the rank where the scale is in the factors.
+        ranks: of its layers, by diffusers' names below `transformer.`.
+        trigger: word in captions that calls for what was learnt.
     """
-    recipe = YAML(typ="safe", pure=True).load(info.recipe)
+    recipe = recipe_of(info)
+    peft = peft_config(info, ranks)
     values = {
         "format": "pt",
-        **_kohya(info, recipe, alpha),
-        **_model_spec(info),
-        "lora_adapter_metadata": json.dumps(_peft(info, layers, alpha)),
+        **_kohya(info, recipe, ranks),
+        **_model_spec(info, trigger),
+        "lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in peft.items()}),
     }
     return {key: str(value) for key, value in values.items() if value is not None}
 
 
-def _kohya(info: AdapterInfo, recipe: dict[str, Any], alpha: float) -> dict[str, Any]:
+def recipe_of(info: AdapterInfo) -> dict[str, Any]:
+    """Read the recipe that an adapter was trained by, as plain values."""
+    recipe: dict[str, Any] = YAML(typ="safe", pure=True).load(info.recipe)
+    return recipe
+
+
+def _kohya(info: AdapterInfo, recipe: dict[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    found = sorted(set(ranks.values()))
+    size = found[0] if len(found) == 1 else "Dynamic"
     optimizer, trainer = recipe.get("optimizer", {}), recipe.get("trainer", {})
     objective = recipe.get("objective", {})
     return {
         "ss_base_model_version": info.base,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": info.rank,
-        "ss_network_alpha": alpha,
+        "ss_network_module": _MODULES[info.kind],
+        "ss_network_dim": size,
+        "ss_network_alpha": size,
+        "ss_network_args": json.dumps({"algo": info.kind}),
         "ss_learning_rate": optimizer.get("lr"),
         "ss_optimizer": optimizer.get("type"),
         "ss_steps": info.steps,
@@ -56,25 +74,35 @@ def _kohya(info: AdapterInfo, recipe: dict[str, Any], alpha: float) -> dict[str,
     }
 
 
-def _model_spec(info: AdapterInfo) -> dict[str, Any]:
+def _model_spec(info: AdapterInfo, trigger: str) -> dict[str, Any]:
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": ARCHITECTURES.get(info.base, f"{info.base}/lora"),
         "modelspec.implementation": "charakit",
         "modelspec.title": info.name,
+        "modelspec.trigger_phrase": trigger or None,
     }
 
 
-def _peft(info: AdapterInfo, layers: Iterable[str], alpha: float) -> dict[str, Any]:
-    config: dict[str, Any] = LoraConfig(  # type: ignore[no-untyped-call]
-        r=info.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # any number will do
-        target_modules=sorted(layers),
-    ).to_dict()
+def peft_config(info: AdapterInfo, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Give PEFT's configuration of an adapter whose alpha is the rank, as plain values.
+
+    Args:
+        info: of the adapter.
+        ranks: of its layers, by diffusers' names below `transformer.`.
+    """
+    factor = recipe_of(info).get("adapter", {}).get("factor", -1)
+    first = next(iter(ranks.values()), 1)
+    # Names stand for themselves in patterns, since the only other readings are no layers.
+    others = {layer: rank for layer, rank in sorted(ranks.items()) if rank != first}
+    config = KINDS[info.kind].configure(dict.fromkeys(ranks, Size(first, first)), 0.0, factor)
     plain = {
         key: value
-        for key, value in config.items()
+        for key, value in config.to_dict().items()
         if isinstance(value, bool | int | float | str | list) or value is None
     }
-    plain["target_modules"] = sorted(config["target_modules"])
-    return {f"transformer.{key}": value for key, value in plain.items()}
+    return plain | {
+        "target_modules": sorted(ranks),
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
+    }

@@ -1,7 +1,7 @@
 """What the rest of the kit knows of a base model: a denoiser, frozen encoders, and sizes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,6 +115,17 @@ class Base(ABC):
     @abstractmethod
     def load_denoiser(self, device: torch.device) -> Denoiser:
         """Load the frozen denoiser in the base's dtype; a parameter not found is an error."""
+
+    @abstractmethod
+    def parameters(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Read the denoiser's parameters one by one, merged with what the base adds to them.
+
+        Args:
+            names: ours, in the order that they are wanted in; all if absent.
+
+        Yields:
+            Our name and the value, in the base's dtype.
+        """
 
     @abstractmethod
     def load_encoders(self, device: torch.device) -> Encoders:

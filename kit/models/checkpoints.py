@@ -1,7 +1,7 @@
 """Weights: streamed from files into a network without memory, or drawn from a seed."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -114,6 +114,26 @@ def mismatches(
     ]
 
 
+def require_match(
+    model: nn.Module, stored: Mapping[str, StoredTensor], may_lack: Collection[str] = ()
+) -> None:
+    """Refuse stored tensors that are not the network's parameters.
+
+    Raises:
+        InputError: a tensor is missing, unknown or has another shape; all are counted.
+    """
+    findings = mismatches(model, stored, may_lack)
+    if findings:
+        files = ", ".join(sorted({str(tensor.file) for tensor in stored.values()})) or "no file"
+        raise InputError(f"the weights in {files} do not fit:\n" + "\n".join(findings))
+
+
+def assign(model: nn.Module, name: str, value: Tensor) -> None:
+    """Make a value the frozen parameter of a name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+
+
 def load_weights(
     model: nn.Module,
     stored: Mapping[str, StoredTensor],
@@ -136,45 +156,86 @@ def load_weights(
     Raises:
         InputError: a tensor is missing, unknown or has another shape; all are counted.
     """
-    findings = mismatches(model, stored, may_lack)
-    if findings:
-        files = ", ".join(sorted({str(tensor.file) for tensor in stored.values()})) or "no file"
-        raise InputError(f"the weights in {files} do not fit:\n" + "\n".join(findings))
-    changes, shapes = changes or {}, parameter_shapes(model)
+    require_match(model, stored, may_lack)
+    shapes, in_files = parameter_shapes(model), by_file(stored)
+    for name, value in read_weights(in_files, shapes, device=device, changes=changes or {}):
+        assign(model, name, value.to(dtype(name)))
+    for name in sorted(set(shapes).difference(stored)):
+        assign(model, name, torch.zeros(shapes[name], dtype=dtype(name), device=device))
+
+
+def read_weights(
+    stored: Mapping[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    device: torch.device,
+    changes: Mapping[str, Sequence[Change]],
+) -> Iterator[tuple[str, Tensor]]:
+    """Read parameters one by one, with changes added in float32.
+
+    Args:
+        stored: where they lie, by our names, in the order in which they are wanted; best file by
+            file, as `by_file` sorts them, since one is open at a time.
+        shapes: that they are to have.
+        device: to read them onto.
+        changes: to add on the way.
+
+    Yields:
+        Our name and the value, in the dtype that was stored, or float32 if it was changed.
+    """
     with ExitStack() as stack:
         change_files = {change.file for found in changes.values() for change in found}
         added = {file: stack.enter_context(open_tensors(file, device)) for file in change_files}
-        in_files = sorted(stored, key=lambda name: stored[name].file)
-        for file, names in groupby(in_files, key=lambda name: stored[name].file):
+        for file, names in groupby(stored, key=lambda name: stored[name].file):
             with open_tensors(file, device) as read:
                 for name in names:
                     value = stored[name].read(read).reshape(shapes[name])
                     for change in changes.get(name, ()):
                         value = change.add_to(value, added[change.file])
-                    _assign(model, name, value.to(dtype(name)))
-    for name in sorted(set(shapes).difference(stored)):
-        _assign(model, name, torch.zeros(shapes[name], dtype=dtype(name), device=device))
+                    yield name, value
+
+
+def by_file(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Sort parameters by the file that holds them."""
+    return dict(sorted(stored.items(), key=lambda item: item[1].file))
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """List the parameters' shapes; of those that are one and the same, the first."""
+    """List the parameters' shapes; of those that are one and the same, the first.
+
+    A weight packed into four bits has the shape that it stands for.
+    """
     tied = getattr(model, "all_tied_weights_keys", {})
-    return {name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
+    return {name: _shape(p) for name, p in model.named_parameters() if name not in tied}
 
 
 def draw_weights(model: nn.Module, seed: int, dtype: torch.dtype) -> None:
-    """Give each parameter numbers that depend on the seed and its name alone.
+    """Give each parameter numbers; see `draw_parameters`."""
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    for name, value in draw_parameters(shapes, seed):
+        parameters[name].data = value.to(parameters[name].device, dtype_of(name, dtype))
+
+
+def draw_parameters(
+    shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Draw parameters of these shapes one by one; each depends on the seed and its name alone.
 
     Nothing is zero: a part that is left out, or in the wrong place, changes the output.
     """
-    for name, parameter in model.named_parameters():
-        value = _draw_parameter(name, tuple(parameter.shape), seed)
-        parameter.data = value.to(parameter.device, dtype_of(name, dtype))
+    for name, shape in shapes.items():
+        yield name, _draw_parameter(name, shape, seed)
 
 
 def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """Choose a parameter's dtype: float32 for parts that are computed so, else the one given."""
     return torch.float32 if FLOAT32_PARTS.intersection(name.split(".")) else dtype
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    packed = getattr(parameter, "quant_state", None)
+    return tuple(parameter.shape if packed is None else packed.shape)
 
 
 def _draw_parameter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -186,8 +247,3 @@ def _draw_parameter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         return 1 + 0.1 * noise
     fan_in = shape[-1] if name.endswith("scale_shift_table") else math.prod(shape[1:])
     return noise / math.sqrt(fan_in)
-
-
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))

@@ -1,116 +1,98 @@
-"""LoRA files of the public: which parameters they change, in all dialects, and by how much.
+"""Adapter files of the public, and our own: which parameters they change, and by how much.
 
-A pair of factors adds strength * alpha / rank * up @ down to a weight; differences (`diff`,
-`diff_b`, `diff_m`) add strength * difference to a weight, a bias or a modulation.
-Sources: kohya, diffusers, peft, ComfyUI, LightX2V, musubi-tuner.
+Factors of all kinds change a weight by strength * alpha / rank * their product, with a magnitude
+as `kit.models.deltas` says; differences (`diff`, `diff_b`, `diff_m`) add strength * difference to
+a weight, a bias or a modulation; whole tensors replace a parameter.
 """
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from kit.errors import InputError
-from kit.models.keys import public_name
+from kit.models import deltas
+from kit.models.lora_keys import LONE, group_keys, parameter_of, places_of, role_of
 from kit.models.tensor_files import Header, Read, read_header, same_shape, shorten
 from kit.recipe import ExistingFile
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-ROLES = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_A": "down",
-    ".lora_B": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".alpha": "alpha",
-    ".diff": "weight",
-    ".diff_b": "bias",
-    ".diff_m": "modulation",
-}
-"""Ends of keys, and what the tensor is to the module named before it."""
+OWN_HEADER = "charakit"
+"""In the header of adapter files of this kit; there, whole tensors have our names."""
 
-PREFIXES = (
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "transformer.",
-    "pipe.dit.",
-    "lora_unet__",
-    "lora_unet_",
-    "",
-)
-"""What programs put before the names of modules."""
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT_CONFIG = "adapter_config.json"
 
-REFUSED = {
-    ".dora_scale": "DoRA, which also scales the weights themselves",
-    ".lora_mid.weight": "factors in three parts",
-}
-"""Ends of keys that change what the factors beside them mean."""
+
+def adapter_file(path: str | Path) -> Path:
+    """Find the file of an adapter: in a folder that PEFT saved; others stand for themselves."""
+    found = [Path(path) / name for name in PEFT_WEIGHTS if (Path(path) / name).is_file()]
+    return found[0] if found else Path(path)
+
+
+def _name_file(path: object) -> object:
+    """Name the file in a folder that PEFT saved, before it is asked for."""
+    return str(adapter_file(path)) if isinstance(path, str) else path
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file as a recipe names it.
+    """An adapter file as a recipe names it.
 
     Attributes:
-        file: safetensors in any dialect of LoRA.
+        file: safetensors of LoRA, DoRA, LoHa or LoKr in any dialect, an adapter of this kit among
+            them; or a folder that PEFT saved.
         strength: factor on all that it changes.
         unmatched: whether tensors without a place in the denoiser are an error, or left out
             and reported. A file of which nothing has a place is always an error.
     """
 
-    file: ExistingFile
+    file: Annotated[ExistingFile, BeforeValidator(_name_file)]
     strength: float = 1.0
     unmatched: Literal["error", "skip"] = "error"
 
 
 @dataclass(frozen=True)
 class Change:
-    """What one file adds to one parameter: a product of factors, or a difference.
+    """What one file does to one parameter, by factors or by a lone tensor.
 
     Attributes:
         file: holds the tensors.
         strength: factor on the whole.
         keys: of the tensors, by role.
-        alpha: of files that state it once for all factors; None for the rank.
+        scale: of the product of factors, if no alpha stands beside them.
     """
 
     file: Path
     strength: float
     keys: Mapping[str, str]
-    alpha: float | None
+    scale: float = 1.0
 
     def add_to(self, value: Tensor, read: Read) -> Tensor:
-        """Add the change in float32."""
-        base = value.float()
-        if "up" not in self.keys:
-            (key,) = self.keys.values()
-            return base.add(read(key).float().reshape(base.shape), alpha=self.strength)
-        down = read(self.keys["down"]).float().flatten(1)
-        up = read(self.keys["up"]).float().flatten(1)
-        alpha = float(read(self.keys["alpha"])) if "alpha" in self.keys else self.alpha
-        scale = self.strength * (1 if alpha is None else alpha / len(down))
-        return torch.addmm(base.flatten(1), up, down, alpha=scale).reshape(base.shape)
+        """Change a parameter, in float32 at least."""
+        base = value if value.dtype == torch.float64 else value.float()
+        tensors = {role: read(key).to(base.dtype) for role, key in self.keys.items()}
+        if "whole" in tensors:
+            return base.lerp(tensors["whole"].reshape(base.shape), self.strength)
+        if tensors.keys() <= LONE.keys():
+            (difference,) = tensors.values()
+            return base.add(difference.reshape(base.shape), alpha=self.strength)
+        alpha, magnitude = tensors.pop("alpha", None), tensors.pop("magnitude", None)
+        scale = self.scale if alpha is None else deltas.scale_of(tensors, float(alpha))
+        return deltas.adapt(base, tensors, scale=scale, magnitude=magnitude, strength=self.strength)
 
 
 @dataclass(frozen=True)
 class Match:
-    """What of one LoRA file has a place in a denoiser.
+    """What of one adapter file has a place in a denoiser.
 
     Attributes:
         lora: the file.
@@ -127,7 +109,8 @@ class Match:
     def problems(self) -> list[str]:
         """Say what of the file is an error by its policy."""
         if not self.changes:
-            return [f"'{self.lora.file}': nothing in it has a place in this denoiser"]
+            why = f"nothing in it has a place in this denoiser: {self._listed()}"
+            return [f"'{self.lora.file}': {why}"]
         if not self.unmatched or self.lora.unmatched == "skip":
             return []
         return [
@@ -149,42 +132,49 @@ class Match:
 
 
 def is_lora(header: Header) -> bool:
-    """Tell whether a file is a LoRA, by its keys."""
-    return any(_role_of(key) not in (None, "alpha") for key in header.tensors)
+    """Tell whether a file is an adapter, by its keys."""
+    return any(role_of(key) not in (None, "alpha") for key in header.tensors)
 
 
 def describe_lora(header: Header) -> str:
-    """Say how large a LoRA file is, and for which of Wan's models it was made."""
-    ranks = {entry.shape[0] for key, entry in header.tensors.items() if _role_of(key) == "down"}
-    rank = " to ".join(str(rank) for rank in sorted({min(ranks), max(ranks)})) if ranks else "no"
-    layers = {module for module, _ in _parts(header)}
+    """Say how large an adapter file is, and for which of Wan's models it was made."""
+    layers = list(group_keys(header.tensors))
+    factors = [shapes for _, keys in layers if (shapes := _factors(keys, header))]
+    ranks = [rank for shapes in factors if (rank := deltas.rank_of(shapes)) is not None]
+    kinds = dict.fromkeys(deltas.kind_of(shapes) or "incomplete factors" for shapes in factors)
+    size = " to ".join(str(rank) for rank in sorted({min(ranks), max(ranks)})) if ranks else "no"
     has_image = any("k_img" in key or "add_k_proj" in key for key in header.tensors)
     made_for = "with image layers" if has_image else "without image layers, as for text-to-video"
-    return f"{len(header.tensors):,} tensors for {len(layers):,} layers, rank {rank}, {made_for}"
+    num_layers = len({layer for layer, _ in layers})
+    said = [f"{num_layers:,} layers", *kinds, f"rank {size}", made_for]
+    return f"{len(header.tensors):,} tensors for {', '.join(said)}"
 
 
 def match_lora(lora: LoraFile, shapes: Shapes) -> Match:
-    """Find the place of each tensor of a LoRA file.
+    """Find the place of each tensor of an adapter file.
 
     Args:
         lora: the file and what to do with it.
         shapes: of the denoiser's parameters, by our names.
 
     Raises:
-        InputError: the file cannot be read, or holds another kind of adapter.
+        InputError: the file cannot be read.
     """
-    file = Path(lora.file)
+    file = adapter_file(lora.file)
     header = read_header(file)
-    _refuse_others(file, header)
-    unknown = [key for key in header.tensors if _role_of(key) is None]
-    unmatched = dict.fromkeys(unknown, "not understood as part of a LoRA")
-    places, alpha = _places(shapes), _alpha(header)
+    settings, places = _settings(file, header), places_of(shapes)
+    groups = list(_groups(header, shapes))
+    understood = {key for _, keys in groups for key in keys.values()}
+    unknown = [key for key in header.tensors if key not in understood]
+    unmatched = dict.fromkeys(unknown, "not understood as part of an adapter")
     changes: dict[str, list[Change]] = {}
-    for module, keys in _parts(header):
-        name = _parameter(module, keys, places)
+    for layer, keys in groups:
+        name = parameter_of(layer, keys, places)
         reason = _misfit(keys, header, shapes.get(name))
         if reason is None:
-            changes.setdefault(name, []).append(Change(file, lora.strength, keys, alpha))
+            rank = deltas.rank_of(_factors(keys, header))
+            scale = _stated_scale(settings, layer, rank)
+            changes.setdefault(name, []).append(Change(file, lora.strength, keys, scale))
         else:
             unmatched |= dict.fromkeys(keys.values(), reason)
     return Match(lora, changes, len(header.tensors), unmatched)
@@ -199,46 +189,16 @@ def merge_changes(matches: Sequence[Match]) -> dict[str, list[Change]]:
     return merged
 
 
-def _role_of(key: str) -> str | None:
-    return next((role for end, role in ROLES.items() if key.endswith(end)), None)
+def _groups(header: Header, shapes: Shapes) -> Iterator[tuple[str, dict[str, str]]]:
+    """Give the tensors that belong together, with their layer; whole ones of ours too."""
+    whole = [key for key in header.tensors if OWN_HEADER in header.metadata and key in shapes]
+    yield from ((key.removeprefix("transformer."), {"whole": key}) for key in whole)
+    yield from group_keys([key for key in header.tensors if key not in whole])
 
 
-def _parts(header: Header) -> Iterator[tuple[str, dict[str, str]]]:
-    """Give the tensors that belong together: factors with their alpha, or one difference."""
-    factors: dict[str, dict[str, str]] = {}
-    for key in header.tensors:
-        role = _role_of(key)
-        if role is None:
-            continue
-        module = key.removesuffix(next(end for end in ROLES if key.endswith(end)))
-        module = module.removeprefix(next(p for p in PREFIXES if module.startswith(p)))
-        if role in ("down", "up", "alpha"):
-            factors.setdefault(module, {})[role] = key
-        else:
-            yield module, {role: key}
-    yield from factors.items()
-
-
-def _places(shapes: Shapes) -> dict[str, str]:
-    """List our modules and lone parameters by what files call them, without dots.
-
-    Some programs write underscores for dots, so that all names are compared so.
-    """
-    places = {}
-    for name in shapes:
-        ours = name.removesuffix(".weight").removesuffix(".bias")
-        for theirs in (public_name(ours), ours.removeprefix("transformer."), f"multitalk_{ours}"):
-            if theirs is not None:
-                places[theirs.replace(".", "_")] = ours
-    return places
-
-
-def _parameter(module: str, keys: Mapping[str, str], places: Mapping[str, str]) -> str:
-    """Name the parameter that tensors change; an unknown name if there is none."""
-    if "modulation" in keys:
-        return places.get(f"{module}.modulation".replace(".", "_"), "")
-    place = places.get(module.replace(".", "_"), "")
-    return f"{place}.bias" if "bias" in keys else f"{place}.weight"
+def _factors(keys: Mapping[str, str], header: Header) -> dict[str, tuple[int, ...]]:
+    """Give the shapes of factors by name."""
+    return {role: header.tensors[key].shape for role, key in keys.items() if role in deltas.FACTORS}
 
 
 def _misfit(keys: Mapping[str, str], header: Header, wanted: tuple[int, ...] | None) -> str | None:
@@ -246,28 +206,65 @@ def _misfit(keys: Mapping[str, str], header: Header, wanted: tuple[int, ...] | N
     if wanted is None:
         return "no such layer"
     found = {role: header.tensors[key].shape for role, key in keys.items() if role != "alpha"}
-    if not found.keys() & {"up", "down"}:
-        shapes = [list(shape) for shape in found.values() if not same_shape(shape, wanted)]
-        if not found:
-            return "alpha without factors"
-        return f"is {shapes[0]}, not {list(wanted)}" if shapes else None
-    if len(found) < 2:
-        return "a factor without the other"
-    (rank, *inputs), (outputs, width, *rest) = found["down"], found["up"]
-    made = (outputs, math.prod(inputs))
-    if rank == width and math.prod(rest) == 1 and made == (wanted[0], math.prod(wanted[1:])):
+    if not found:
+        return "alpha without factors"
+    if found.keys() <= LONE.keys():
+        wrong = [list(shape) for shape in found.values() if not same_shape(shape, wanted)]
+        return f"is {wrong[0]}, not {list(wanted)}" if wrong else None
+    magnitude = found.pop("magnitude", None)
+    if deltas.kind_of(found) is None:
+        return "no complete set of factors"
+    listed = " and ".join(str(list(shape)) for shape in found.values())
+    if _made(found) != (wanted[0], math.prod(wanted[1:])):
+        return f"factors {listed} do not make {list(wanted)}"
+    if magnitude is not None and not _is_magnitude(magnitude, wanted):
+        return f"magnitude {list(magnitude)} is none of {list(wanted)}"
+    return None
+
+
+def _made(factors: Shapes) -> tuple[int, ...] | None:
+    """Give the shape of the product of factors; None if they do not go together."""
+    empty = {name: torch.empty(shape, device="meta") for name, shape in factors.items()}
+    try:
+        return tuple(deltas.product(empty).shape)
+    except (RuntimeError, IndexError):
         return None
-    return f"factors {list(found['down'])} and {list(found['up'])} do not make {list(wanted)}"
 
 
-def _alpha(header: Header) -> float | None:
-    """Read what peft and diffusers state in the header for all factors."""
-    settings = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
-    found = [settings.get(key) for key in ("transformer.lora_alpha", "lora_alpha")]
-    return next((float(alpha) for alpha in found if alpha is not None), None)
+def _is_magnitude(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Tell whether numbers can be the magnitudes of a weight's outputs or inputs."""
+    ones = (1,) * (len(wanted) - 1)
+    return shape in ((wanted[0],), (wanted[0], *ones), (1, *wanted[1:2], *ones[1:]))
 
 
-def _refuse_others(file: Path, header: Header) -> None:
-    for end, what in REFUSED.items():
-        if any(key.endswith(end) for key in header.tensors):
-            raise InputError(f"'{file}' holds {what}; only plain LoRA can be merged")
+def _settings(file: Path, header: Header) -> dict[str, Any]:
+    """Read what peft and diffusers state for all factors, beside the file or in its header."""
+    beside = file.with_name(PEFT_CONFIG)
+    is_from_peft = file.name in PEFT_WEIGHTS and beside.is_file()
+    try:
+        if is_from_peft:
+            return dict(json.loads(beside.read_text()))
+        stated = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+        return {key.removeprefix("transformer."): value for key, value in stated.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        place = beside if is_from_peft else f"{file}: lora_adapter_metadata"
+        raise InputError(f"'{place}' is no configuration of an adapter: {error}") from error
+
+
+def _stated_scale(settings: Mapping[str, Any], layer: str, rank: int | None) -> float:
+    """Find the scale that settings state for a layer; 1 if they state none.
+
+    Source: peft, whose patterns are regular expressions for the ends of layers' names.
+    """
+    alpha = settings.get("lora_alpha", settings.get("alpha"))
+    if alpha is None:
+        return 1.0
+    alpha = _by_pattern(settings.get("alpha_pattern"), layer, alpha)
+    # Kronecker products of whole factors do not show the rank that scales them.
+    size = rank or _by_pattern(settings.get("rank_pattern"), layer, settings.get("r", 1))
+    return float(alpha / (math.sqrt(size) if settings.get("use_rslora") else size))
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
+    found = (p for p in patterns or {} if re.match(rf"(.*\.)?({p})$", layer))
+    return next(((patterns or {})[pattern] for pattern in found), default)

@@ -3,23 +3,27 @@
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from kit.errors import InputError
 from kit.models import keys
 from kit.models.base import Base, Denoiser, Encoders, Geometry
 from kit.models.checkpoints import (
-    draw_weights,
+    assign,
+    by_file,
+    draw_parameters,
     dtype_of,
-    load_weights,
     mismatches,
     parameter_shapes,
+    read_weights,
+    require_match,
 )
 from kit.models.layouts import (
     ENCODERS,
@@ -35,6 +39,7 @@ from kit.models.lora_files import LoraFile, Match, match_lora, merge_changes
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
+Quantisation = Literal["nf4", "nf4_double", "int8"]
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
 CONFIG_FILES = ("*.json", "*.model", "*.txt")
 """What a hub repository is asked for before a run: all but its weights."""
@@ -63,6 +68,10 @@ class WanBase(Base):
         loras: LoRA files to merge into the denoiser while it is read.
         dtype: of the denoiser and the text encoder; parts that need float32 keep it.
         video_dtype: of the video autoencoder; on a CPU, bfloat16 is several times as fast.
+        quantise: how the linear layers of attention and FFN are held in the denoiser, by
+            bitsandbytes; all else stays in `dtype`. `nf4` takes 4.5 bits for a weight, `nf4_double`
+            4.13, `int8` 8. An adapter can train on it; its weights cannot.
+        full_blocks: numbers of the blocks that are not quantised; -1 is the last one.
         decode_tile: side in pixels of the overlapping tiles in which videos are decoded, so that
             less memory is needed; whole frames without it. Their borders are blended.
         random_weights: seed from which the weights of parts without weight files are drawn; such
@@ -83,6 +92,8 @@ class WanBase(Base):
         loras: Sequence[LoraFile] = (),
         dtype: Dtype = "bfloat16",
         video_dtype: Dtype = "float32",
+        quantise: Quantisation | None = None,
+        full_blocks: Sequence[int] = (0, -1),
         decode_tile: Annotated[int, Field(ge=64, multiple_of=32)] | None = None,
         random_weights: Annotated[int | None, Field(ge=0)] = None,
         text_length: Annotated[int, Field(ge=1)] = 512,
@@ -100,6 +111,8 @@ class WanBase(Base):
         self._loras = tuple(loras)
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._video_dtype: torch.dtype = getattr(torch, video_dtype)
+        self._quantise = quantise
+        self._full_blocks = tuple(full_blocks)
         self._decode_tile = decode_tile
         self._seed = random_weights
         self._text_length = text_length
@@ -163,25 +176,59 @@ class WanBase(Base):
         Raises:
             InputError: a tensor is missing, unknown or has another shape.
         """
+        layout, model = self._open()
+        shapes, put = parameter_shapes(model), assign
+        if self._quantise is not None:
+            # bitsandbytes takes seconds to import, and most bases do without it.
+            from kit.models.low_bits import assign_quantised, exchange_layers
+
+            exchange_layers(model, self._quantise, self._full_blocks, self._dtype)
+            put = assign_quantised
+        for name, value in self._read(layout, shapes, device):
+            put(model, name, value)
+        return model.requires_grad_(False).eval()
+
+    def parameters(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Read the denoiser's parameters one by one; see `Base`.
+
+        Raises:
+            InputError: as `load_denoiser`.
+        """
+        layout, model = self._open()
+        every = parameter_shapes(model)
+        shapes = every if names is None else {name: every[name] for name in names}
+        yield from self._read(layout, shapes, torch.device("cpu"), in_order=names is not None)
+
+    def _open(self) -> tuple[Layout, Denoiser]:
+        """Find what the denoiser is read from and build it without memory."""
         layout = self._find(WEIGHT_FILES)
         model = empty_denoiser(layout, self._text_length)
         if layout.denoiser_tensors:
+            require_match(model, layout.denoiser_tensors)
             self._require_loras()
-            load_weights(
-                model,
-                layout.denoiser_tensors,
-                device=device,
-                dtype=partial(dtype_of, dtype=self._dtype),
-                changes=merge_changes(self._matches),
-            )
+        elif self._seed is None:
+            raise InputError(f"base.path: {layout.parts['transformer'].missing()}")
+        elif self._loras:
+            raise InputError(DRAWN_WITH_LORAS)
+        return layout, model
+
+    def _read(
+        self,
+        layout: Layout,
+        shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device,
+        *,
+        in_order: bool = False,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Read or draw parameters of the denoiser one by one, in the dtype that each is to have."""
+        if self._seed is not None and not layout.denoiser_tensors:
+            values = draw_parameters(shapes, self._seed)
         else:
-            if self._seed is None:
-                raise InputError(f"base.path: {layout.parts['transformer'].missing()}")
-            if self._loras:
-                raise InputError(DRAWN_WITH_LORAS)
-            model.to_empty(device=device)
-            draw_weights(model, self._seed, self._dtype)
-        return model.requires_grad_(False).eval()
+            stored = {name: layout.denoiser_tensors[name] for name in shapes}
+            stored, changes = stored if in_order else by_file(stored), merge_changes(self._matches)
+            values = read_weights(stored, shapes, device=device, changes=changes)
+        for name, value in values:
+            yield name, value.to(device, dtype_of(name, self._dtype))
 
     def load_encoders(self, device: torch.device) -> Encoders:
         """Prepare the encoders; nothing is read yet."""
@@ -276,8 +323,13 @@ class WanBase(Base):
         tensors = self._outline.denoiser_tensors
         if self._loras and not tensors:
             return [DRAWN_WITH_LORAS]
-        found = mismatches(self.empty_denoiser(), tensors) if tensors else []
+        denoiser = self.empty_denoiser()
+        found = mismatches(denoiser, tensors) if tensors else []
         lines = [f"base.path: {line}" for line in found]
+        if self._quantise is not None:
+            from kit.models.low_bits import quantisation_problems
+
+            lines += quantisation_problems(denoiser, self._quantise, self._full_blocks)
         for name, part in self._local_parts().items():
             if name in ENCODERS and part.files:
                 lines += [f"{self._place(name)}: {line}" for line in encoder_problems(part)]

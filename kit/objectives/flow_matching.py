@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from kit.batch import Batch
 from kit.draws import draw_normal, generator
 from kit.flow import add_noise, context_frames, hold_context, shift_sigma, velocity_target
+from kit.guidance import drop_text
+from kit.models.switch import bare
 from kit.objectives.base import Objective
 
 
@@ -21,9 +23,12 @@ class FlowMatching(Objective):
         shift: moves the levels towards noise; 1 leaves them.
         logit_mean: mean of the normal number.
         logit_std: its standard deviation.
+        keep_base: weight of a second loss, which keeps the velocity without text what it was
+            without the adapter; 0 leaves it out. It takes two more evaluations, one with gradients.
 
     Source:
-        InfiniteTalk; logit-normal levels: Esser et al. 2024, section 3.1.
+        InfiniteTalk; logit-normal levels: Esser et al. 2024, section 3.1. The second loss is the
+        prior preservation of DreamBooth (Ruiz et al. 2023) with the base as its own teacher.
     """
 
     def __init__(
@@ -33,20 +38,29 @@ class FlowMatching(Objective):
         shift: Annotated[float, Field(gt=0)] = 7.0,
         logit_mean: float = 0.0,
         logit_std: Annotated[float, Field(gt=0)] = 1.0,
+        keep_base: Annotated[float, Field(ge=0)] = 0.0,
     ) -> None:
         self.sigma = sigma
         self.shift = shift
         self.logit_mean = logit_mean
         self.logit_std = logit_std
+        self.keep_base = keep_base
 
     def losses(self, denoiser: nn.Module, batch: Batch, seed: int) -> dict[str, Tensor]:
-        """Compute the loss named `velocity`."""
+        """Compute the loss named `velocity`, and `base` where the base is to be kept."""
         sigma = self.draw_sigma(batch, seed)  # [B]
         noise = draw_noise(batch, seed)  # [B, C, F, H, W]
         noisy = noisy_latents(batch, noise, sigma)
         velocity = denoiser(noisy, sigma, batch.conditions)
         target = velocity_target(batch.latents, noise)
-        return {"velocity": loss_outside_context(velocity, target, batch.num_context)}
+        losses = {"velocity": loss_outside_context(velocity, target, batch.num_context)}
+        if self.keep_base:
+            asked = noisy, sigma, drop_text(batch.conditions, batch.null_text)
+            with torch.no_grad(), bare(denoiser):
+                kept = denoiser(*asked)
+            moved = loss_outside_context(denoiser(*asked), kept, batch.num_context)
+            losses["base"] = self.keep_base * moved
+        return losses
 
     def draw_sigma(self, batch: Batch, seed: int) -> Tensor:
         """Draw each sample's noise level, 0 to 1. [B]"""

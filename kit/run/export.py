@@ -1,45 +1,205 @@
-"""`kit export`: an adapter in the formats of other programs."""
+"""`kit export`: an adapter in the formats of other programs, or merged into its base."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from kit.adapters.export import FORMATS, export_adapter
-from kit.adapters.files import load_adapter
+import torch
+from torch import Tensor
+
+from kit.adapters.export import FORMATS, Trunk, is_trunk, scaled_layers
+from kit.adapters.files import AdapterInfo, load_adapter, write_adapter
+from kit.adapters.merged import LAYOUTS, cast, write_audio
+from kit.adapters.metadata import recipe_of
+from kit.adapters.resize import to_lora
 from kit.errors import InputError, did_you_mean
 from kit.models import BASES
+from kit.models.base import Base
+from kit.models.keys import is_audio
 from kit.registry import load
+from kit.run.bases import build_base
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DtypeName = Literal["bfloat16", "float16", "float32"]
+
+UNSUPPORTED = {
+    ("dora", "comfyui"): "ComfyUI divides by the norm of the base's weights, not of the changed "
+    "ones, so that a dora does something else there; --to base merges it",
+    ("dora", "kohya"): "its readers drop the magnitudes of a dora; --to base merges it",
+    ("loha", "diffusers"): "diffusers knows no loha; --rank makes plain factors of it",
+    ("lokr", "diffusers"): "diffusers' pipelines refuse a lokr; --rank makes plain factors of it",
+}
+"""Kinds of adapters that a program does not read, or reads otherwise, and what to do instead."""
+
+OWN = "kit"
+"""The format of this kit: an adapter file of another rank or dtype."""
+
+TARGETS = (*FORMATS, *LAYOUTS, OWN)
+
+WHERE_THE_BASE_IS = (
+    "merging needs the base's weights: say where they are by base.path=... "
+    "base.audio_weights=..., or leave audio out by --without-audio"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to write.
+
+    Attributes:
+        dtype: of what is written; whole bases keep theirs where it is not given.
+        rank: turns factors into plain low-rank ones of at most this rank; None leaves them.
+        trigger: word in captions that calls for what was learnt.
+        with_audio: write audio modules that the adapter changes, merged, to a file of their own.
+    """
+
+    dtype: DtypeName | None = None
+    rank: int | None = None
+    trigger: str = ""
+    with_audio: bool = True
 
 
 def export(
-    adapter: Path, formats: Sequence[str], out: Path | None, report: Callable[[str], None]
+    adapter: Path,
+    formats: Sequence[str],
+    out: Path | None,
+    report: Callable[[str], None],
+    *,
+    settings: Settings = Settings(),  # noqa: B008  # frozen
+    overrides: Sequence[str] = (),
 ) -> list[Path]:
     """Write an adapter for other programs and tell what they will find in it.
 
     Args:
         adapter: file that `kit fit` wrote.
-        formats: names of formats.
+        formats: names from `TARGETS`.
         out: folder; each format gets one of its own there. Beside the adapter if absent.
         report: told what was written, in words.
+        settings: how to write.
+        overrides: `base.key=value` words, where the base is not where it was at training.
 
     Raises:
-        InputError: no such format, or the adapter cannot be read. Nothing is written then.
+        InputError: no such format, the adapter or its base cannot be read, or a program does not
+            know such adapters. Nothing is written then.
     """
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown:
-        raise InputError(f"--to: unknown format '{unknown[0]}'{did_you_mean(unknown[0], FORMATS)}")
-    _, info = load_adapter(adapter)
-    if info.base not in BASES:
-        raise InputError(f"{adapter}: unknown base '{info.base}'{did_you_mean(info.base, BASES)}")
-    public_name = load(BASES[info.base]).public_name
-    folder = adapter.parent if out is None else out
-    written: list[Path] = []
-    for name in formats:
-        exported = export_adapter(adapter, name, folder / name, public_name)
-        report(f"{name}: {len(exported.matched)} keys matched, {len(exported.unmatched)} unmatched")
-        for path in exported.files:
-            report(f"  {path}")
-        for reason in sorted(set(exported.unmatched.values())):
-            count = list(exported.unmatched.values()).count(reason)
-            report(f"  {count} tensors: {reason}")
-        written += exported.files
-    return written
+    tensors, info = load_adapter(adapter)
+    if settings.rank is not None:
+        tensors, info = _resized(tensors, info, settings.rank)
+    exporting = _Exporting(adapter, tensors, info, out or adapter.parent, report, settings)
+    exporting.require_known(formats)
+    base = exporting.open_base(overrides) if exporting.needs_base(formats) else None
+    return [path for name in formats for path in exporting.write(name, base)] + (
+        exporting.write_audio(base) if base is not None else []
+    )
+
+
+def _resized(
+    tensors: dict[str, Tensor], info: AdapterInfo, rank: int
+) -> tuple[dict[str, Tensor], AdapterInfo]:
+    if info.kind == "dora":
+        raise InputError(
+            "--rank: the change of a dora depends on its base; --to base and kit extract make "
+            "plain factors of it"
+        )
+    return to_lora(tensors, info.kind, rank), replace(info, kind="lora")
+
+
+@dataclass(frozen=True)
+class _Exporting:
+    """One export: what is written, and where to."""
+
+    source: Path
+    tensors: dict[str, Tensor]
+    info: AdapterInfo
+    out: Path
+    report: Callable[[str], None]
+    settings: Settings
+
+    def require_known(self, formats: Sequence[str]) -> None:
+        """Refuse what cannot be written, before anything is."""
+        if self.info.base not in BASES:
+            hint = did_you_mean(self.info.base, BASES)
+            raise InputError(f"{self.source}: unknown base '{self.info.base}'{hint}")
+        for name in formats:
+            if name not in TARGETS:
+                raise InputError(f"--to: unknown format '{name}'{did_you_mean(name, TARGETS)}")
+            reason = UNSUPPORTED.get((self.info.kind, name))
+            if reason is not None:
+                raise InputError(f"--to {name}: {reason}")
+            if name in FORMATS and self._is_whole:
+                raise InputError(f"--to {name}: every parameter trained; --to base, or kit extract")
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.info.train_fully == ("all",)
+
+    @property
+    def _changes_audio(self) -> bool:
+        return any(is_audio(name) for name in self.tensors)
+
+    def needs_base(self, formats: Sequence[str]) -> bool:
+        """Tell whether weights of the base go into what is written."""
+        merges = any(name in LAYOUTS for name in formats) and not self._is_whole
+        writes_audio = any(name in FORMATS for name in formats) and self._changes_audio
+        return merges or (writes_audio and self.settings.with_audio)
+
+    def open_base(self, overrides: Sequence[str]) -> Base:
+        """Find the base that the adapter was trained on, with the adapter among its changes."""
+        values = recipe_of(self.info)["base"]
+        changes = [*values.get("loras", []), {"file": str(self.source.absolute())}]
+        return build_base({**values, "loras": changes}, overrides, hint=WHERE_THE_BASE_IS)
+
+    def write(self, name: str, base: Base | None) -> list[Path]:
+        """Write one format to a folder of its own."""
+        folder = self.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if name == OWN:
+            files = [self._write_own(folder)]
+        elif name in LAYOUTS:
+            given = self.tensors.items() if base is None else base.parameters()
+            dtype = None if self.settings.dtype is None else DTYPES[self.settings.dtype]
+            files = LAYOUTS[name](cast(given, dtype), folder, self._public)
+        else:
+            files = self._write_trunk(name, folder)
+        for path in files:
+            self.report(f"  {path}")
+        return files
+
+    def write_audio(self, base: Base) -> list[Path]:
+        """Write the audio modules that the adapter changes, merged, beside the formats."""
+        if not (self._changes_audio and self.settings.with_audio):
+            return []
+        file = self.out / f"{self.info.name}_infinitetalk.safetensors"
+        names = [name for name, _ in base.empty_denoiser().named_parameters() if is_audio(name)]
+        write_audio(cast(base.parameters(names), self._dtype), file, self._public)
+        self.report(f"audio modules, merged:\n  {file}")
+        return [file]
+
+    def _write_own(self, folder: Path) -> Path:
+        path = folder / "adapter.safetensors"
+        write_adapter(path, {n: t.to(self._dtype) for n, t in self.tensors.items()}, self.info)
+        return path
+
+    def _write_trunk(self, name: str, folder: Path) -> list[Path]:
+        layers = scaled_layers(self.tensors, self.info.kind)
+        trunk = {layer: factors for layer, factors in layers.items() if is_trunk(layer)}
+        unknown = sum(len(factors) for layer, factors in layers.items() if layer not in trunk)
+        matched = sum(map(len, trunk.values()))
+        self.report(f"{name}: {matched} tensors matched, {unknown} unmatched (audio modules)")
+        if not trunk:
+            return []
+        public, trigger = self._public_name, self.settings.trigger
+        return FORMATS[name](Trunk(self.info, trunk, public, self._dtype, trigger), folder)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return DTYPES[self.settings.dtype or "bfloat16"]
+
+    @property
+    def _public_name(self) -> Callable[[str], str | None]:
+        name: Callable[[str], str | None] = load(BASES[self.info.base]).public_name
+        return name
+
+    def _public(self, name: str) -> str:
+        return self._public_name(name) or name

@@ -1,11 +1,13 @@
 """`kit fit`: train an adapter as a recipe says, or go on with the run of that name."""
 
 import json
+import math
 import platform
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,10 +18,12 @@ from kit.adapters.files import AdapterInfo, write_adapter
 from kit.adapters.lora import adapter_tensors
 from kit.devices import choose_device
 from kit.errors import InputError
-from kit.models.base import Encoders
+from kit.models.base import Denoiser, Encoders
+from kit.models.checkpoints import parameter_shapes
 from kit.recipe import Recipe
 from kit.run.parts import FitParts, build_fit
 from kit.run.recipes import FIT, read_as
+from kit.run.rounding import first_inputs, report_rounding
 from kit.run.scenes import build_measure, load_portrait, load_track, one_speaker
 from kit.sampling.scene import Scene
 from kit.training.checkpoints import newest_checkpoint, require_same_recipe, step_of
@@ -92,8 +96,11 @@ class _Run:
         ema = AdapterEMA(parts.training.ema_decay)
         # Opened before the base is loaded: a wrong portrait should not cost minutes.
         previews = self._previews(encoders, ema)
-        module = self._module(device)
         parts.data.prepare_run(encoders, seed, parts.training.num_batches, place=(0, 1))
+        denoiser = parts.base.load_denoiser(device)
+        if resume is None:
+            self._report_rounding(denoiser, device)
+        module = self._module(denoiser)
         result = Result(lambda step: self._write(module, ema, step, started))
         trainer = parts.training.trainer(self.folder, ema, [*previews, result])
         try:
@@ -108,15 +115,19 @@ class _Run:
             )
         self.report(f"{self.folder / ADAPTER_NAME}: step {trainer.global_step}")
 
-    def _module(self, device: torch.device) -> Fitting:
+    def _report_rounding(self, denoiser: Denoiser, device: torch.device) -> None:
         parts, seed = self.parts, self.recipe["seed"]
-        denoiser = parts.base.load_denoiser(device)
+        inputs = partial(first_inputs, parts.data, parts.objective, seed, device)
+        report_rounding(parts.base, denoiser, inputs, self.folder, self.report)
+
+    def _module(self, denoiser: Denoiser) -> Fitting:
+        parts, seed = self.parts, self.recipe["seed"]
         parts.adapter.inject(denoiser, seed)
         denoiser.checkpoint_activations(parts.training.checkpoint_blocks)
         task = DenoiserTask(denoiser, parts.objective, parts.dropout, seed)
         module = Fitting(task, parts.optimizer, seed, dict(self.values)).train()
         trained = sum(parameter.numel() for parameter in module.trained().values())
-        every = sum(parameter.numel() for parameter in denoiser.parameters())
+        every = sum(math.prod(shape) for shape in parameter_shapes(denoiser).values())
         self.report(f"{trained:,} of {every:,} parameters train")
         return module
 

@@ -11,6 +11,7 @@ from kit.data.buckets import parse_buckets
 from kit.data.module import ShardData
 from kit.errors import InputError
 from kit.models.base import Base, Geometry
+from kit.models.low_bits import FORMS
 from kit.objectives.base import Objective
 from kit.recipe import Recipe
 from kit.run.scenes import build_measure, load_portrait
@@ -61,6 +62,7 @@ def build_fit(recipe: Recipe) -> FitParts:
     if parts.sampler.offload:
         problems.append("sampling.offload: a network in training cannot leave its device")
     problems += _picture_problems(recipe, parts.preview)
+    problems += _quantisation_problems(recipe.values["base"].get("quantise"), parts.adapter)
     trains_whole_parts = bool(parts.adapter.train_fully)
     is_half = recipe.values["base"].get("dtype") == "bfloat16"
     if trains_whole_parts and is_half and parts.training.precision == "32-true":
@@ -84,6 +86,23 @@ def build_data(
         "data", sizes.frame_stride, sizes.pixel_stride, sizes.fps, fingerprint
     )
     return data
+
+
+def _quantisation_problems(form: str | None, adapter: Lora | Full) -> list[str]:
+    """Say what of an adapter a base whose weights are held in this form cannot bear."""
+    if form is None:
+        return []
+    whole = [part for part in adapter.train_fully if part != "audio"]
+    found = [
+        f"base.quantise: weights in {form} cannot train, and the adapter trains '{part}' fully"
+        for part in whole
+    ]
+    kinds = FORMS[form].adapters
+    if adapter.kind not in kinds:
+        found.append(
+            f"adapter.kind: '{adapter.kind}' does not train on {form}; valid: {', '.join(kinds)}"
+        )
+    return found
 
 
 def _picture_problems(recipe: Recipe, preview: PreviewSettings | None) -> list[str]:

@@ -1,0 +1,35 @@
+"""A base by its section alone, for commands that need no whole recipe."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from kit.errors import InputError
+from kit.models import BASES
+from kit.models.base import Base
+from kit.recipe import Schema, Section, read
+
+BASE_ONLY = Schema(title="base", fields={}, sections={"base": Section(BASES)})
+
+
+def build_base(values: Mapping[str, object], overrides: Sequence[str], hint: str = "") -> Base:
+    """Build a base whose weights are here.
+
+    Args:
+        values: keys of the section.
+        overrides: `base.key=value` words that win over them.
+        hint: what else can be done, added to an error.
+
+    Raises:
+        InputError: lists all that is wrong.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "base.yaml"
+        YAML(typ="safe", pure=True).dump({"base": dict(values)}, recipe)
+        base: Base = read(recipe, overrides, BASE_ONLY).build("base")
+    problems = base.problems()
+    if problems:
+        raise InputError("\n".join([*problems, *([hint] if hint else [])]))
+    return base
