@@ -2,8 +2,9 @@
 
 Run: python benchmarks/studio/references.py
 Each way trains the studio base from the same start for the same steps, and dubs the same long
-videos with other people's speech. It writes `benchmarks/studio/references.json` and `.png`, and
-prints the table. What is in `runs/studies` already is not made again.
+videos with other people's speech. It writes `benchmarks/studio/references.json` and `.png`, prints
+the table, and keeps the videos where `--films` says, with a strip of pictures of one of them. What
+is in `runs/studies` already is not made again.
 """
 
 import argparse
@@ -22,9 +23,11 @@ import numpy as np
 import torch
 from evaluate import film_opening
 from filming import film, open_studio, save
+from PIL import Image
 from scenes import Known, known, takes, to_scene
 from torch import Tensor
 
+from kit.data.media import iter_frames
 from kit.metrics.drift import color_drift, motion_energy, seam_ratio
 from kit.metrics.identity import color_identity
 from kit.metrics.sync import lip_sync, speech_envelope
@@ -97,6 +100,8 @@ def main(words: Sequence[str]) -> None:
     report = {way: summary(found) for way, found in rows.items()}
     (HERE / "references.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(report, HERE / "references.png")
+    if options.films is not None:
+        strip(options.films, options.only).save(HERE / "references_strip.png")
     for way, numbers in report.items():
         log.info(
             "%-6s" + "  %s %.3f" * len(SHOWN), way, *(x for n in SHOWN for x in (n, numbers[n]))
@@ -242,6 +247,16 @@ def draw(report: dict[str, Numbers], picture: Path) -> None:
         axis.bar([*report], values, yerr=spreads)
         axis.set(title=name)
     figure.savefig(picture, dpi=80)
+
+
+def strip(films: Path, ways: Sequence[str], index: int = 3, count: int = 10) -> Image.Image:
+    """Show one clip as each way dubs it, a way in a row, from the first frame to the last."""
+    rows = []
+    for way in ways:
+        frames = list(iter_frames(films / f"{way}-{index:02d}.mp4", FPS))
+        times = np.linspace(0, len(frames) - 1, count).astype(int)
+        rows.append(np.concatenate([frames[time] for time in times], axis=1))
+    return Image.fromarray(np.concatenate(rows))
 
 
 def _run(*words: str) -> None:
