@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_pretrain,
         _add_sample,
         _add_export,
+        _add_extract,
         _add_check,
         _add_plugins,
     ):
@@ -177,6 +178,7 @@ def _add_export(commands: _Commands) -> None:
         "formats:\n"
         "  diffusers, comfyui, kohya, peft   the adapter, in the names of that program\n"
         "  base, wan    the whole denoiser with the adapter in it, in diffusers' layout or Wan's\n"
+        "  hub          a folder to publish: model card, previews, files of diffusers and ComfyUI\n"
         "  kit          the adapter for this kit again, with --rank or --dtype"
     )
     add = _add(commands, "export", text, example, _export).add_argument
@@ -187,7 +189,22 @@ def _add_export(commands: _Commands) -> None:
     add("--rank", type=int, metavar="R", help="make plain factors of at most this rank")
     add("--trigger", default="", metavar="WORD", help="word that calls for what was learnt")
     add("--without-audio", action="store_true", help="write no merged audio modules")
+    add("--verify", action="store_true", help="read back as that program does, and compare")
     add("overrides", nargs="*", metavar="base.key=value", help="where the base is now")
+
+
+def _add_extract(commands: _Commands) -> None:
+    text = "make an adapter of what changed between two sets of weights"
+    example = (
+        "kit extract models/Wan2.1-I2V-14B-480P models/tuned.safetensors --out ann.safetensors"
+    )
+    add = _add(commands, "extract", text, example, _extract).add_argument
+    add("base", metavar="BASE", help="folder of the weights as they were")
+    add("tuned", metavar="TUNED", help="folder or file of the weights as they are now")
+    add("--out", type=Path, required=True, help="adapter file to write")
+    add("--rank", type=int, default=32, metavar="R", help="of the factors (32)")
+    add("--parts", default="attention,ffn,audio", help="parts to compare (all, with commas)")
+    add("overrides", nargs="*", metavar="base.key=value", help="for both, such as audio_weights")
 
 
 def _add_check(commands: _Commands) -> None:
@@ -261,6 +278,7 @@ def _export(arguments: _Arguments) -> None:
         rank=arguments.rank,
         trigger=arguments.trigger,
         with_audio=not arguments.without_audio,
+        verify=arguments.verify,
     )
     export(
         arguments.adapter,
@@ -270,6 +288,21 @@ def _export(arguments: _Arguments) -> None:
         settings=settings,
         overrides=arguments.overrides,
     )
+
+
+def _extract(arguments: _Arguments) -> None:
+    from kit.run.extract import Request, extract_adapter
+
+    parts = tuple(name.strip() for name in arguments.parts.split(",") if name.strip())
+    request = Request(
+        base=arguments.base,
+        tuned=arguments.tuned,
+        out=arguments.out,
+        rank=arguments.rank,
+        parts=parts,
+        overrides=arguments.overrides,
+    )
+    extract_adapter(request, print)
 
 
 def _check(arguments: _Arguments) -> None:

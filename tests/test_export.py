@@ -11,17 +11,22 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kit.adapters.export import NATIVE_NAMES, scaled_layers
+from kit.adapters.consumers import UNSUPPORTED
+from kit.adapters.export import FORMATS, NATIVE_NAMES, scaled_layers
 from kit.adapters.files import AdapterInfo, load_adapter, write_adapter
 from kit.adapters.full import Full
+from kit.adapters.hub import _front_matter
 from kit.adapters.kinds import KINDS
 from kit.adapters.lora import Lora, adapter_tensors, apply_adapter, trained_parameters
 from kit.adapters.merged import write_shards
+from kit.adapters.metadata import recipe_of
 from kit.batch import Batch
+from kit.cli import main
 from kit.draws import draw_normal
 from kit.errors import InputError
 from kit.models.deltas import product
@@ -65,6 +70,7 @@ def make_denoiser(wan: Path) -> MakeWan:
 
 def train(denoiser: Wan, path: Path, wan: Path, **options: Any) -> Path:
     """Move all that would train, and write it as a run would."""
+    path.parent.mkdir(exist_ok=True)
     lora = Lora(**options)
     lora.inject(denoiser, seed=0)
     with torch.no_grad():
@@ -342,3 +348,65 @@ def test_resized_factors_are_the_nearest_there_are(
         torch.testing.assert_close((up @ down - change).norm(), lost, rtol=1e-2, atol=1e-4)
     fresh = make_denoiser()
     apply_adapter(fresh, small, "lora")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_programs_read_what_was_trained(
+    make_denoiser: MakeWan, wan: Path, tmp_path: Path, kind: str, dtype: Any
+) -> None:
+    path = train(make_denoiser(), tmp_path / "a.safetensors", wan, kind=kind, rank=2, alpha=3.0)
+    formats = [name for name in FORMATS if (kind, name) not in UNSUPPORTED]
+    said: list[str] = []
+    settings = Settings(dtype=dtype, with_audio=False, verify=True)
+    export(path, formats, tmp_path, said.append, settings=settings)
+    summaries = [line for line in said if " reads it: " in line]
+    assert len(summaries) == len(formats) >= 2
+    assert all("24 layers matched, 0 missing, 0 keys unknown" in line for line in summaries)
+
+
+def test_what_was_resized_is_verified(
+    make_denoiser: MakeWan, wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = train(make_denoiser(), tmp_path / "a.safetensors", wan, kind="loha", rank=2)
+    words = ["--to", "diffusers,kit", "--rank", "3", "--verify", "--without-audio"]
+    assert main(["export", str(path), *words, "--out", str(tmp_path)]) == 0
+    assert "as diffusers reads it: 24 layers matched" in capsys.readouterr().out
+    assert main(["export", str(path), "--to", "diffusers", "--verify"]) == 2
+    assert "--rank makes plain factors of it" in capsys.readouterr().err
+
+
+def test_a_folder_for_the_hub(
+    make_denoiser: MakeWan, wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = train(make_denoiser(), tmp_path / "run" / "adapter.safetensors", wan, rank=2)
+    (tmp_path / "run/previews").mkdir()
+    for step in range(6):
+        (tmp_path / f"run/previews/step-{step:08d}.mp4").write_bytes(b"video")
+    assert main(["export", str(path), "--to", "hub", "--trigger", "ann"]) == 0
+    folder = tmp_path / "run" / "hub"
+    assert sorted(file.name for file in folder.glob("*")) == [
+        "README.md",
+        "ann_comfyui.safetensors",
+        "ann_infinitetalk.safetensors",
+        "previews",
+        "pytorch_lora_weights.safetensors",
+    ]
+    card = (folder / "README.md").read_text()
+    _, matter, text = card.split("---\n")
+    facts = YAML(typ="safe").load(matter)
+    assert facts["license"] == "apache-2.0"
+    assert facts["instance_prompt"] == "ann"
+    assert facts["widget"][-1]["output"]["url"] == "previews/step-00000005.mp4"
+    assert len(facts["widget"]) == len(list((folder / "previews").iterdir())) == 4
+    assert "base_model" not in facts  # a folder of one's own is no public base
+    assert all(file.name in text for file in folder.glob("*.safetensors"))
+    assert str(tmp_path) not in card
+
+
+def test_public_bases_are_named() -> None:
+    recipe = RECIPE.format(wan="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers@main", kind="lora")
+    info = AdapterInfo("ann", "wan", "lora", ("ffn",), (), 40, recipe)
+    facts = _front_matter(info, recipe_of(info), "", [])
+    assert facts["base_model"] == "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
+    assert facts["base_model_relation"] == "adapter"

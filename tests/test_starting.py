@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kit.adapters.consumers import UNSUPPORTED
 from kit.adapters.export import FORMATS
 from kit.adapters.files import AdapterInfo, write_adapter
 from kit.adapters.kinds import KINDS
@@ -21,7 +22,7 @@ from kit.models.switch import bare
 from kit.models.wan import Wan
 from kit.models.wan_base import WanBase
 from kit.objectives.flow_matching import FlowMatching
-from kit.run.export import UNSUPPORTED, Settings, export
+from kit.run.export import Settings, export
 from tests.originals import draw_states, write_original
 
 MakeWan = Callable[[], Wan]

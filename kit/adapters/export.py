@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kit.adapters.files import AdapterInfo, write_tensors
-from kit.adapters.kinds import ALPHA, KINDS, by_layer
+from kit.adapters.kinds import ALPHA, KINDS, MAGNITUDE, by_layer
 from kit.adapters.metadata import metadata, peft_config
 from kit.models.keys import is_audio
 
@@ -54,9 +54,12 @@ class Trunk:
         return metadata(self.info, self.ranks(), self.trigger)
 
     def named(self, name: Callable[[str, str], str]) -> dict[str, Tensor]:
-        """Give the tensors under the names that a function makes of layer and tensor."""
+        """Give the tensors under the names that a function makes of layer and tensor.
+
+        Magnitudes stay in float32: rounded, they would be off by as much as training moved them.
+        """
         return {
-            name(layer, own): tensor.to(self.dtype)
+            name(layer, own): tensor if own == MAGNITUDE else tensor.to(self.dtype)
             for layer, tensors in self.layers.items()
             for own, tensor in tensors.items()
         }

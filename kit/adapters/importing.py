@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kit.adapters.kinds import ALPHA
+from kit.adapters.kinds import ALPHA, KINDS, MAGNITUDE
 from kit.errors import InputError
 from kit.models import deltas
 from kit.models.lora_files import Change, LoraFile, Shapes, match_lora
@@ -16,7 +16,7 @@ from kit.models.tensor_files import Read, open_tensors
 NAMES = {
     "lora_down": "lora_A.weight",
     "lora_up": "lora_B.weight",
-    "magnitude": "lora_magnitude_vector",
+    "magnitude": MAGNITUDE,
     **{name: name for name in (*deltas.LOHA, *deltas.LOKR)},
 }
 """Our names of a layer's tensors by their role."""
@@ -91,10 +91,14 @@ def _kind(change: Change) -> str:
 def _tensors(change: Change, read: Read) -> dict[str, Tensor]:
     """Name a layer's tensors as we do, with its effective alpha."""
     tensors = {NAMES[role]: read(key).float() for role, key in change.keys.items() if role in NAMES}
-    shapes = {role: tuple(read(key).shape) for role, key in change.keys.items()}
-    rank = deltas.rank_of(shapes) or 1
-    own = change.keys.get("alpha")
-    alpha = change.scale * rank if own is None else float(read(own))
-    if "lora_magnitude_vector" in tensors:
-        tensors["lora_magnitude_vector"] = tensors["lora_magnitude_vector"].flatten()
+    if MAGNITUDE in tensors:
+        tensors[MAGNITUDE] = tensors[MAGNITUDE].flatten()
+    rank = deltas.rank_of({role: tuple(read(key).shape) for role, key in change.keys.items()})
+    if rank is None:
+        # No reader of ours could tell the rank that its alpha belongs to.
+        scaled = next(name for name in KINDS["lokr"].scaled if name in tensors)
+        own = 1.0 if "alpha" in change.keys else change.scale
+        return tensors | {scaled: tensors[scaled] * own, ALPHA: torch.tensor(1.0)}
+    stated = change.keys.get("alpha")
+    alpha = change.scale * rank if stated is None else float(read(stated))
     return tensors | {ALPHA: torch.tensor(alpha)}

@@ -138,8 +138,11 @@ def _product(left: Shape, right: Shape) -> Shape | None:
     return left[0], right[1]
 
 
+MAGNITUDE = "lora_magnitude_vector"
+"""Name of the magnitudes of a layer's outputs in files."""
+
 _LORA = ("lora_A.weight", "lora_B.weight")
-_DORA = (*_LORA, "lora_magnitude_vector")
+_DORA = (*_LORA, MAGNITUDE)
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 

@@ -14,13 +14,20 @@ from kit.recipe import Schema, Section, read
 BASE_ONLY = Schema(title="base", fields={}, sections={"base": Section(BASES)})
 
 
-def build_base(values: Mapping[str, object], overrides: Sequence[str], hint: str = "") -> Base:
-    """Build a base whose weights are here.
+def build_base(
+    values: Mapping[str, object],
+    overrides: Sequence[str],
+    hint: str = "",
+    *,
+    needs_weights: bool = True,
+) -> Base:
+    """Build a base.
 
     Args:
         values: keys of the section.
         overrides: `base.key=value` words that win over them.
         hint: what else can be done, added to an error.
+        needs_weights: refuse a base whose weights are not here, or do not fit.
 
     Raises:
         InputError: lists all that is wrong.
@@ -29,7 +36,7 @@ def build_base(values: Mapping[str, object], overrides: Sequence[str], hint: str
         recipe = Path(folder) / "base.yaml"
         YAML(typ="safe", pure=True).dump({"base": dict(values)}, recipe)
         base: Base = read(recipe, overrides, BASE_ONLY).build("base")
-    problems = base.problems()
+    problems = base.problems() if needs_weights else []
     if problems:
         raise InputError("\n".join([*problems, *([hint] if hint else [])]))
     return base

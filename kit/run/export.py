@@ -1,5 +1,6 @@
 """`kit export`: an adapter in the formats of other programs, or merged into its base."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kit.adapters.consumers import UNSUPPORTED
 from kit.adapters.export import FORMATS, Trunk, is_trunk, scaled_layers
 from kit.adapters.files import AdapterInfo, load_adapter, write_adapter
+from kit.adapters.hub import write_card
 from kit.adapters.merged import LAYOUTS, cast, write_audio
 from kit.adapters.metadata import recipe_of
 from kit.adapters.resize import to_lora
+from kit.adapters.verify import verify
 from kit.errors import InputError, did_you_mean
 from kit.models import BASES
 from kit.models.base import Base
@@ -23,19 +27,13 @@ from kit.run.bases import build_base
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DtypeName = Literal["bfloat16", "float16", "float32"]
 
-UNSUPPORTED = {
-    ("dora", "comfyui"): "ComfyUI divides by the norm of the base's weights, not of the changed "
-    "ones, so that a dora does something else there; --to base merges it",
-    ("dora", "kohya"): "its readers drop the magnitudes of a dora; --to base merges it",
-    ("loha", "diffusers"): "diffusers knows no loha; --rank makes plain factors of it",
-    ("lokr", "diffusers"): "diffusers' pipelines refuse a lokr; --rank makes plain factors of it",
-}
-"""Kinds of adapters that a program does not read, or reads otherwise, and what to do instead."""
-
 OWN = "kit"
 """The format of this kit: an adapter file of another rank or dtype."""
 
-TARGETS = (*FORMATS, *LAYOUTS, OWN)
+HUB = "hub"
+"""A folder to publish: the files of diffusers and ComfyUI, a model card, previews."""
+
+TARGETS = (*FORMATS, *LAYOUTS, OWN, HUB)
 
 WHERE_THE_BASE_IS = (
     "merging needs the base's weights: say where they are by base.path=... "
@@ -52,12 +50,14 @@ class Settings:
         rank: turns factors into plain low-rank ones of at most this rank; None leaves them.
         trigger: word in captions that calls for what was learnt.
         with_audio: write audio modules that the adapter changes, merged, to a file of their own.
+        verify: read what was written as its program does, and compare.
     """
 
     dtype: DtypeName | None = None
     rank: int | None = None
     trigger: str = ""
     with_audio: bool = True
+    verify: bool = False
 
 
 def export(
@@ -81,17 +81,26 @@ def export(
 
     Raises:
         InputError: no such format, the adapter or its base cannot be read, or a program does not
-            know such adapters. Nothing is written then.
+            know such adapters; nothing is written then. Or what was written is not what was
+            trained.
     """
     tensors, info = load_adapter(adapter)
-    if settings.rank is not None:
-        tensors, info = _resized(tensors, info, settings.rank)
-    exporting = _Exporting(adapter, tensors, info, out or adapter.parent, report, settings)
-    exporting.require_known(formats)
-    base = exporting.open_base(overrides) if exporting.needs_base(formats) else None
-    return [path for name in formats for path in exporting.write(name, base)] + (
-        exporting.write_audio(base) if base is not None else []
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        source = adapter
+        if settings.rank is not None:
+            tensors, info = _resized(tensors, info, settings.rank)
+            source = Path(folder) / "resized.safetensors"
+            write_adapter(source, tensors, info)
+        exporting = _Exporting(source, tensors, info, out or adapter.parent, report, settings)
+        exporting.require_known(formats)
+        base = exporting.open_base(formats, overrides)
+        files = [path for name in formats for path in exporting.write(name, base)]
+        if any(name in FORMATS for name in formats):
+            files += exporting.write_audio(base, exporting.out)
+        if HUB in formats:
+            files += exporting.write_hub(base, sorted((adapter.parent / "previews").glob("*.mp4")))
+        exporting.verify(formats, overrides)
+    return files
 
 
 def _resized(
@@ -127,7 +136,7 @@ class _Exporting:
             reason = UNSUPPORTED.get((self.info.kind, name))
             if reason is not None:
                 raise InputError(f"--to {name}: {reason}")
-            if name in FORMATS and self._is_whole:
+            if name in (*FORMATS, HUB) and self._is_whole:
                 raise InputError(f"--to {name}: every parameter trained; --to base, or kit extract")
 
     @property
@@ -135,20 +144,20 @@ class _Exporting:
         return self.info.train_fully == ("all",)
 
     @property
-    def _changes_audio(self) -> bool:
-        return any(is_audio(name) for name in self.tensors)
+    def _merges_audio(self) -> bool:
+        return self.settings.with_audio and any(is_audio(name) for name in self.tensors)
 
-    def needs_base(self, formats: Sequence[str]) -> bool:
-        """Tell whether weights of the base go into what is written."""
+    def open_base(self, formats: Sequence[str], overrides: Sequence[str]) -> Base | None:
+        """Find the base with the adapter among its changes, if weights of it are to be written."""
         merges = any(name in LAYOUTS for name in formats) and not self._is_whole
-        writes_audio = any(name in FORMATS for name in formats) and self._changes_audio
-        return merges or (writes_audio and self.settings.with_audio)
-
-    def open_base(self, overrides: Sequence[str]) -> Base:
-        """Find the base that the adapter was trained on, with the adapter among its changes."""
-        values = recipe_of(self.info)["base"]
-        changes = [*values.get("loras", []), {"file": str(self.source.absolute())}]
-        return build_base({**values, "loras": changes}, overrides, hint=WHERE_THE_BASE_IS)
+        writes_audio = any(name in (*FORMATS, HUB) for name in formats) and self._merges_audio
+        if not merges and not writes_audio:
+            return None
+        values = dict(recipe_of(self.info)["base"])
+        values["loras"] = [*values.get("loras", []), {"file": str(self.source.absolute())}]
+        if self.settings.dtype not in (None, "bfloat16"):
+            values["dtype"] = "float32"  # to be rounded once
+        return build_base(values, overrides, hint=WHERE_THE_BASE_IS)
 
     def write(self, name: str, base: Base | None) -> list[Path]:
         """Write one format to a folder of its own."""
@@ -161,24 +170,61 @@ class _Exporting:
             dtype = None if self.settings.dtype is None else DTYPES[self.settings.dtype]
             files = LAYOUTS[name](cast(given, dtype), folder, self._public)
         else:
-            files = self._write_trunk(name, folder)
+            names = [name] if name in FORMATS else self._hub_formats
+            files = [path for format in names for path in self._write_trunk(format, folder)]
         for path in files:
             self.report(f"  {path}")
         return files
 
-    def write_audio(self, base: Base) -> list[Path]:
-        """Write the audio modules that the adapter changes, merged, beside the formats."""
-        if not (self._changes_audio and self.settings.with_audio):
+    def write_audio(self, base: Base | None, folder: Path) -> list[Path]:
+        """Write the audio modules that the adapter changes, merged."""
+        if base is None or not self._merges_audio:
             return []
-        file = self.out / f"{self.info.name}_infinitetalk.safetensors"
+        file = folder / f"{self.info.name}_infinitetalk.safetensors"
         names = [name for name, _ in base.empty_denoiser().named_parameters() if is_audio(name)]
         write_audio(cast(base.parameters(names), self._dtype), file, self._public)
         self.report(f"audio modules, merged:\n  {file}")
         return [file]
 
+    def write_hub(self, base: Base | None, previews: Sequence[Path]) -> list[Path]:
+        """Write what the hub shows beside the files: a model card and previews."""
+        folder = self.out / HUB
+        audio = self.write_audio(base, folder)
+        files = sorted(folder.glob("*.safetensors"))
+        card = write_card(self.info, folder, files, self.settings.trigger, previews)
+        self.report(f"  {card[0]}, with {len(card) - 1} previews")
+        return [*audio, *card]
+
+    def verify(self, formats: Sequence[str], overrides: Sequence[str]) -> None:
+        """Read back what other programs are to read.
+
+        Raises:
+            InputError: one of them does not do what was trained.
+        """
+        names = [name for name in formats if name in FORMATS]
+        if not self.settings.verify or not names:
+            return
+        values = recipe_of(self.info)["base"]
+        denoiser = build_base(values, overrides, needs_weights=False).empty_denoiser()
+        problems: list[str] = []
+        for name in names:
+            for file in (self.out / name).glob("*.safetensors"):
+                found = verify(file, name, self.source, denoiser)
+                self.report(found.summary())
+                problems += found.problems()
+        if problems:
+            raise InputError("\n".join(["written, but not what was trained:", *problems]))
+
+    @property
+    def _hub_formats(self) -> list[str]:
+        known = ("diffusers", "comfyui")
+        return [name for name in known if (self.info.kind, name) not in UNSUPPORTED]
+
     def _write_own(self, folder: Path) -> Path:
         path = folder / "adapter.safetensors"
-        write_adapter(path, {n: t.to(self._dtype) for n, t in self.tensors.items()}, self.info)
+        # Scales and magnitudes are few, and worth their digits.
+        tensors = {n: t.to(self._dtype) if t.ndim > 1 else t for n, t in self.tensors.items()}
+        write_adapter(path, tensors, self.info)
         return path
 
     def _write_trunk(self, name: str, folder: Path) -> list[Path]:

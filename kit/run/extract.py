@@ -13,9 +13,14 @@ from kit.adapters.files import AdapterInfo, write_adapter
 from kit.adapters.resize import lora_tensors
 from kit.errors import InputError
 from kit.models.base import Base
+from kit.models.keys import is_audio
+from kit.models.tensor_files import read_header
 from kit.run.bases import build_base
 
 Values = dict[str, object]
+
+AUDIO_FILE = "infinitetalk.safetensors"
+"""Where Wan's and this kit's own layout have audio parts."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,9 @@ def extract_adapter(request: Request, report: Callable[[str], None]) -> Path:
     Raises:
         InputError: a checkpoint cannot be read, or nothing changed.
     """
-    before: Values = {"type": "wan", "path": request.base, "dtype": "float32"}
-    place = "path" if Path(request.tuned).is_dir() else "transformer"
-    bases = []
-    for values in (before, before | {place: request.tuned}):
-        bases.append(build_base(values, request.overrides))
-    base, tuned = bases
+    before = _folder(Path(request.base))
+    after = before | _tuned(Path(request.tuned))
+    base, tuned = (build_base(values, request.overrides) for values in (before, after))
     tensors: dict[str, Tensor] = {}
     lost: dict[str, float] = {}
     for found in extract(base, tuned, request.parts, request.rank):
@@ -68,6 +70,21 @@ def extract_adapter(request: Request, report: Callable[[str], None]) -> Path:
     report(f"  {lost[worst]:.1%} of the change of {worst} is not in its factors, the worst")
     _report_rest(base, tuned, set(lost), report)
     return request.out
+
+
+def _folder(folder: Path) -> Values:
+    """Name a base folder, with the audio parts that lie in it under their public name."""
+    audio = folder / AUDIO_FILE
+    with_audio: Values = {"audio_weights": str(audio)} if audio.exists() else {}
+    return {"type": "wan", "path": str(folder), "dtype": "float32", **with_audio}
+
+
+def _tuned(place: Path) -> Values:
+    """Name what is not as it was: a whole folder, or the file of one part."""
+    if place.is_dir():
+        return _folder(place)
+    keys = read_header(place).tensors
+    return {"audio_weights" if all(map(is_audio, keys)) else "transformer": str(place)}
 
 
 def _info(request: Request, base: Values) -> AdapterInfo:
