@@ -101,8 +101,12 @@ class Base(ABC):
         """Sizes of this base."""
 
     @abstractmethod
-    def problems(self) -> list[str]:
-        """List what is missing or unfit, in words, without loading any weights."""
+    def problems(self, *, encoders: bool = True) -> list[str]:
+        """List what is missing or unfit, in words, without loading any weights.
+
+        Args:
+            encoders: False asks for the denoiser alone.
+        """
 
     @abstractmethod
     def notes(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -35,15 +34,12 @@ from kit.models.layouts import (
     find_part,
 )
 from kit.models.lora_files import LoraFile, Match, match_lora, merge_changes
+from kit.models.repositories import CONFIG_FILES, WEIGHT_FILES, is_remote, resolve
 
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
 Quantisation = Literal["nf4", "nf4_double", "int8"]
-HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
-CONFIG_FILES = ("*.json", "*.model", "*.txt")
-"""What a hub repository is asked for before a run: all but its weights."""
-WEIGHT_FILES = (*CONFIG_FILES, "*.safetensors", "*.pth")
 GLANCE_BYTES = 1 << 20
 DRAWN_WITH_LORAS = "base.loras: these files change trained weights, but the denoiser's are drawn"
 
@@ -127,16 +123,16 @@ class WanBase(Base):
         """Sizes of Wan2.1, equal for all configurations."""
         return Geometry()
 
-    def problems(self) -> list[str]:
+    def problems(self, *, encoders: bool = True) -> list[str]:
         """List missing files; where none is missing, what does not fit together.
 
         Repositories on the hub are not looked at.
         """
         found = self._absent()
-        if found or _is_remote(self._path):
+        if found or is_remote(self._path):
             return found
         try:
-            return self._missing() or self._unfit()
+            return self._missing(encoders) or self._unfit(encoders)
         except InputError as error:
             return [f"base: {line}" for line in str(error).splitlines()]
 
@@ -146,7 +142,7 @@ class WanBase(Base):
         fetched = [
             f"base.{key}: no folder '{name}' here; it will be fetched from the hub"
             for key, name in places.items()
-            if name is not None and _is_remote(name)
+            if name is not None and is_remote(name)
         ]
         return fetched + [f"base.loras: {match.summary()}" for match in self._matches]
 
@@ -266,29 +262,31 @@ class WanBase(Base):
         """Find the base's parts, and fetch the files of those that are remote."""
         named = dict(self._named)
         if with_speech and self._audio_encoder is not None:
-            speech = _resolve(self._audio_encoder, "base.audio_encoder", patterns)
+            speech = resolve(self._audio_encoder, "base.audio_encoder", patterns)
             named["audio_encoder"] = speech
-        return find_layout(_resolve(self._path, "base.path", patterns), named)
+        return find_layout(resolve(self._path, "base.path", patterns), named)
 
     def _absent(self) -> list[str]:
         """Say which files and folders are not there that the recipe names."""
         found = []
-        if not Path(self._path).is_dir() and not _is_remote(self._path):
+        if not Path(self._path).is_dir() and not is_remote(self._path):
             found.append(f"base.path: there is no folder '{self._path}'")
         named = {KINDS[name].option: str(file) for name, file in self._named.items()}
         speech = self._audio_encoder
-        if speech is not None and not _is_remote(speech):
+        if speech is not None and not is_remote(speech):
             named["audio_encoder"] = speech
         absent = {option: file for option, file in named.items() if not Path(file).exists()}
         return found + [f"base.{o}: there is no file '{file}'" for o, file in absent.items()]
 
-    def _local_parts(self) -> dict[str, Part]:
+    def _local_parts(self, encoders: bool = True) -> dict[str, Part]:
         """Find the parts that are here or should be."""
         parts = dict(self._outline.parts)
+        if not encoders:
+            return {name: part for name, part in parts.items() if name not in ENCODERS}
         speech = self._audio_encoder
         if speech is not None:
             del parts["audio_encoder"]
-            if not _is_remote(speech):
+            if not is_remote(speech):
                 parts["audio_encoder"] = find_part("audio_encoder", Path(self._path), Path(speech))
         return parts
 
@@ -297,9 +295,9 @@ class WanBase(Base):
         is_named = name in self._named or (name == "audio_encoder" and self._audio_encoder)
         return f"base.{KINDS[name].option if is_named else 'path'}"
 
-    def _missing(self) -> list[str]:
+    def _missing(self, encoders: bool) -> list[str]:
         """Say which parts are not there, or not what they should be."""
-        parts, is_drawn = self._local_parts(), self._seed is not None
+        parts, is_drawn = self._local_parts(encoders), self._seed is not None
         # Files of one part of the denoiser may hold the other, and audio parts have usual sizes.
         if not is_drawn and not parts["transformer"].files:
             del parts["transformer"]
@@ -312,11 +310,11 @@ class WanBase(Base):
         ]
         if not is_drawn or self._outline.denoiser_tensors:
             lines += [f"base.path: {line}" for line in self._outline.denoiser_problems()]
-        if self._outline.tokenizer is None:
+        if encoders and self._outline.tokenizer is None:
             lines.append(f"base.path: no tokenizer in '{self._path}': get {PUBLIC_TOKENIZER}")
         return lines
 
-    def _unfit(self) -> list[str]:
+    def _unfit(self, encoders: bool) -> list[str]:
         """Say which tensors do not fit the networks, and which of LoRA files do not."""
         from kit.models.encoders import encoder_problems
 
@@ -330,7 +328,7 @@ class WanBase(Base):
             from kit.models.low_bits import quantisation_problems
 
             lines += quantisation_problems(denoiser, self._quantise, self._full_blocks)
-        for name, part in self._local_parts().items():
+        for name, part in self._local_parts(encoders).items():
             if name in ENCODERS and part.files:
                 lines += [f"{self._place(name)}: {line}" for line in encoder_problems(part)]
         matches = [] if lines else self._matches
@@ -348,9 +346,9 @@ class WanBase(Base):
         source = self._path if name not in self._named else None
         if name == "audio_encoder" and self._audio_encoder is not None:
             source = self._audio_encoder
-        if source is not None and _is_remote(source):
+        if source is not None and is_remote(source):
             # The hub's cache names its folders after revisions.
-            return _resolve(source, "base", CONFIG_FILES).name
+            return resolve(source, "base", CONFIG_FILES).name
         return " ".join(f"{file.name}={_glance(file)}" for file in files)
 
 
@@ -366,10 +364,6 @@ def empty_denoiser(layout: Layout, text_length: int = 512) -> Denoiser:
         return Wan(config, audio=sizes, text_length=text_length)
 
 
-def _is_remote(name: str) -> bool:
-    return not Path(name).exists() and HUB_NAME.fullmatch(name) is not None
-
-
 def _glance(file: Path) -> str:
     """Hash size, first and last bytes: enough to tell trainings apart, in no time."""
     with file.open("rb") as stream:
@@ -377,22 +371,3 @@ def _glance(file: Path) -> str:
         stream.seek(max(file.stat().st_size - GLANCE_BYTES, 0))
         tail = stream.read()
     return hashlib.sha256(b"%d" % file.stat().st_size + head + tail).hexdigest()
-
-
-def _resolve(name: str, place: str, patterns: Sequence[str]) -> Path:
-    """Find what is local, or the local copy of a hub repository, fetching files if need be."""
-    if Path(name).exists():
-        return Path(name)
-    if HUB_NAME.fullmatch(name) is None:
-        raise InputError(f"{place}: there is no folder '{name}'")
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = name.partition("@")
-    try:
-        return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=[*patterns])
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{place}: '{name}' is no folder here, and the hub does not give it: {error}"
-        ) from error

@@ -21,7 +21,7 @@ def build_base(
     *,
     needs_weights: bool = True,
 ) -> Base:
-    """Build a base.
+    """Build a base for its denoiser.
 
     Args:
         values: keys of the section.
@@ -36,7 +36,7 @@ def build_base(
         recipe = Path(folder) / "base.yaml"
         YAML(typ="safe", pure=True).dump({"base": dict(values)}, recipe)
         base: Base = read(recipe, overrides, BASE_ONLY).build("base")
-    problems = base.problems() if needs_weights else []
+    problems = base.problems(encoders=False) if needs_weights else []
     if problems:
         raise InputError("\n".join([*problems, *([hint] if hint else [])]))
     return base
