@@ -108,10 +108,13 @@ def test_the_keyboard_stops_with_130(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     environment = {**os.environ, "KIT_PLUGIN_PATH": str(tmp_path)}
     command = [sys.executable, "-m", "kit", "plugins"]
+    # Shells let what they run in the background ignore this signal, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         with pipe.open("w"):
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
+    signal.signal(signal.SIGINT, before)
     assert (process.returncode, errors) == (130, "kit: stopped\n")
 
 
