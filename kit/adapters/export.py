@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kit.adapters.files import AdapterInfo, write_tensors
-from kit.adapters.kinds import ALPHA, KINDS, MAGNITUDE, by_layer
+from kit.adapters.kinds import ALPHA, KINDS, MAGNITUDE, by_layer, rank_of
 from kit.adapters.metadata import metadata, peft_config
 from kit.models.keys import is_audio
 
@@ -74,10 +74,9 @@ class Trunk:
         return {name(layer, ALPHA): torch.tensor(float(rank)) for layer, rank in ranks.items()}
 
     def _rank(self, tensors: Mapping[str, Tensor]) -> int:
-        shapes = {own: tuple(tensor.shape) for own, tensor in tensors.items()}
-        rank = KINDS[self.info.kind].rank(shapes)
+        rank = rank_of(tensors)
         # PEFT factors nothing from a rank on that is large enough.
-        return max(max(shape) for shape in shapes.values()) if rank is None else rank
+        return max(max(tensor.shape) for tensor in tensors.values()) if rank is None else rank
 
 
 def scaled_layers(tensors: Mapping[str, Tensor], kind: str) -> dict[str, dict[str, Tensor]]:
@@ -85,7 +84,7 @@ def scaled_layers(tensors: Mapping[str, Tensor], kind: str) -> dict[str, dict[st
     layers = {}
     for layer, names in by_layer(tensors, kind).items():
         factors = {own: tensors[key].float() for own, key in names.items() if own != ALPHA}
-        rank = KINDS[kind].rank({own: tuple(tensor.shape) for own, tensor in factors.items()})
+        rank = rank_of(factors)
         if rank is not None and ALPHA in names:
             scaled = next(own for own in KINDS[kind].scaled if own in factors)
             factors[scaled] = factors[scaled] * (float(tensors[names[ALPHA]]) / rank)

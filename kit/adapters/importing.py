@@ -7,18 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kit.adapters.kinds import ALPHA, KINDS, MAGNITUDE
+from kit.adapters.kinds import ALPHA, KINDS, MAGNITUDE, ROLES
 from kit.errors import InputError
 from kit.models import deltas
 from kit.models.lora_files import Change, LoraFile, Shapes, match_lora
 from kit.models.tensor_files import Read, open_tensors
 
-NAMES = {
-    "lora_down": "lora_A.weight",
-    "lora_up": "lora_B.weight",
-    "magnitude": MAGNITUDE,
-    **{name: name for name in (*deltas.LOHA, *deltas.LOKR)},
-}
+NAMES = {role: name for name, role in ROLES.items()}
 """Our names of a layer's tensors by their role."""
 
 

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+from torch import Tensor
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
+from kit.models import deltas
 
 
 class Size(NamedTuple):
@@ -31,16 +31,12 @@ class Kind:
         tensors: names that a layer's tensors may have in a file, below the layer's.
         configure: (sizes by layer, dropout, factor) -> PEFT's configuration.
         scaled: the tensors of which a layer has one; multiplying it multiplies the whole change.
-        rank: of the factors, from their shapes; None where nothing is factored, and nothing scaled.
-        shape: of the weight that they change; None if they do not go together.
         has_dropout: whether inputs of the factors can be dropped in training.
     """
 
     tensors: tuple[str, ...]
     scaled: tuple[str, ...]
     configure: Callable[[Sizes, float, int], PeftConfig]
-    rank: Callable[[Shapes], int | None]
-    shape: Callable[[Shapes], Shape | None]
     has_dropout: bool = False
 
 
@@ -95,64 +91,24 @@ def _patterns(sizes: Sizes) -> tuple[Size, dict[str, Any], dict[str, Any]]:
     return first, ranks, {pattern: size.alpha for size, pattern in patterns.items()}
 
 
-def _lora_rank(shapes: Shapes) -> int:
-    return shapes["lora_A.weight"][0]
-
-
-def _loha_rank(shapes: Shapes) -> int:
-    return shapes["hada_w1_b"][0]
-
-
-def _lokr_rank(shapes: Shapes) -> int | None:
-    inner = shapes.get("lokr_w2_b") or shapes.get("lokr_w1_b")
-    return inner[0] if inner else None
-
-
-def _lora_shape(shapes: Shapes) -> Shape | None:
-    down, up = shapes.get("lora_A.weight", ()), shapes.get("lora_B.weight", ())
-    made = _product(up, down)
-    magnitude = shapes.get("lora_magnitude_vector", made and made[:1])
-    return made if made and magnitude == made[:1] else None
-
-
-def _loha_shape(shapes: Shapes) -> Shape | None:
-    one, other = (
-        _product(shapes.get(f"hada_{w}_a", ()), shapes.get(f"hada_{w}_b", ())) for w in ("w1", "w2")
-    )
-    return one if one == other else None
-
-
-def _lokr_shape(shapes: Shapes) -> Shape | None:
-    one, other = (
-        shapes.get(f"lokr_{w}")
-        or _product(shapes.get(f"lokr_{w}_a", ()), shapes.get(f"lokr_{w}_b", ()))
-        for w in ("w1", "w2")
-    )
-    return (one[0] * other[0], one[1] * other[1]) if one and other else None
-
-
-def _product(left: Shape, right: Shape) -> Shape | None:
-    """Give the shape of a matrix product; None if there is none."""
-    if len(left) != 2 or len(right) != 2 or left[1] != right[0]:
-        return None
-    return left[0], right[1]
-
-
 MAGNITUDE = "lora_magnitude_vector"
 """Name of the magnitudes of a layer's outputs in files."""
 
+ROLES = {
+    "lora_A.weight": "lora_down",
+    "lora_B.weight": "lora_up",
+    MAGNITUDE: "magnitude",
+    **{name: name for name in (*deltas.LOHA, *deltas.LOKR)},
+}
+"""What a layer's tensors are to it, by our names of them."""
+
 _LORA = ("lora_A.weight", "lora_B.weight")
-_DORA = (*_LORA, MAGNITUDE)
-_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-_LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 KINDS = {
-    "lora": Kind(
-        _LORA, _LORA[1:2], partial(_lora, decomposed=False), _lora_rank, _lora_shape, True
-    ),
-    "dora": Kind(_DORA, _LORA[1:2], partial(_lora, decomposed=True), _lora_rank, _lora_shape, True),
-    "loha": Kind(_LOHA, _LOHA[:1], _loha, _loha_rank, _loha_shape),
-    "lokr": Kind(_LOKR, _LOKR[:2], _lokr, _lokr_rank, _lokr_shape),
+    "lora": Kind(_LORA, _LORA[1:], partial(_lora, decomposed=False), has_dropout=True),
+    "dora": Kind((*_LORA, MAGNITUDE), _LORA[1:], partial(_lora, decomposed=True), has_dropout=True),
+    "loha": Kind(deltas.LOHA, deltas.LOHA[:1], _loha),
+    "lokr": Kind(deltas.LOKR, deltas.LOKR[:2], _lokr),
 }
 """Low-rank product (Hu et al. 2021); its direction alone, with a magnitude for each output (Liu et
 al. 2024); element-wise product of two low-rank products (Hyeon-Woo et al. 2021); Kronecker product
@@ -173,3 +129,20 @@ def by_layer(names: Mapping[str, Any], kind: str) -> dict[str, dict[str, str]]:
             if name.endswith(f".{tensor}"):
                 layers.setdefault(name.removesuffix(f".{tensor}"), {})[tensor] = name
     return layers
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
+    """Tell the rank of a layer's tensors; None where nothing is factored, and nothing scaled."""
+    return deltas.rank_of(_shapes(tensors))
+
+
+def shape_of(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """Give the shape of the weight that a layer's tensors change; None if they do not fit."""
+    shapes = _shapes(tensors)
+    magnitude = shapes.pop("magnitude", None)
+    made = deltas.shape_of(shapes)
+    return made if made and magnitude in (None, made[:1]) else None
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {ROLES[name]: tuple(t.shape) for name, t in tensors.items() if name in ROLES}

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kit.adapters.importing import find
-from kit.adapters.kinds import ALPHA, KINDS, Shape, Size, Sizes, by_layer
+from kit.adapters.kinds import ALPHA, KINDS, Size, Sizes, by_layer, rank_of, shape_of
 from kit.draws import seed_of
 from kit.errors import InputError, did_you_mean
 from kit.models.base import Denoiser
@@ -206,8 +206,8 @@ def adapter_tensors(
     """
     tensors = {name: tensor.detach() for name, tensor in trained.items()}
     for layer, names in by_layer(trained, kind).items():
-        shapes = {own: tuple(trained[name].shape) for own, name in names.items()}
-        module, rank = denoiser.get_submodule(layer), KINDS[kind].rank(shapes)
+        rank = rank_of({own: trained[name] for own, name in names.items()})
+        module = denoiser.get_submodule(layer)
         scale = float(module.scaling[ADAPTER_NAME])  # type: ignore[index]
         if rank is None:
             # Nothing in the file tells a rank, so that readers scale nothing.
@@ -253,7 +253,7 @@ def _sizes_of(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Size]:
 
 
 def _size(names: Mapping[str, str], tensors: Mapping[str, Tensor], kind: str) -> Size:
-    rank = KINDS[kind].rank({own: tuple(tensors[key].shape) for own, key in names.items()})
+    rank = rank_of({own: tensors[key] for own, key in names.items()})
     if rank is None:
         return Size(1, 1.0)
     return Size(rank, float(tensors[names[ALPHA]]) if ALPHA in names else float(rank))
@@ -292,8 +292,8 @@ def require_fit(denoiser: Denoiser, tensors: Mapping[str, Tensor], kind: str) ->
         if name not in in_layers and found[name] != shapes.get(name)
     ]
     for layer, names in layers.items():
-        made = KINDS[kind].shape({own: found[key] for own, key in names.items()})
-        wanted: Shape | None = shapes.get(f"{layer}.weight")
+        made = shape_of({own: tensors[key] for own, key in names.items()})
+        wanted = shapes.get(f"{layer}.weight")
         if made is None or made != wanted:
             wrong.append(f"{layer}: factors of {made}, not {wanted}")
     if wrong:

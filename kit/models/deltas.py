@@ -73,6 +73,17 @@ def scale_of(factors: Factors, alpha: float) -> float:
     return 1.0 if rank is None else alpha / rank
 
 
+def shape_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Give the shape of a product from those of its factors; None if they do not go together."""
+    if kind_of(shapes) is None:
+        return None
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    try:
+        return tuple(product(empty).shape)
+    except (RuntimeError, IndexError):
+        return None
+
+
 def product(factors: Factors) -> Tensor:
     """Multiply out a complete set of factors. [outputs, inputs]"""
     kind = kind_of(factors)

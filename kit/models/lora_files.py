@@ -215,20 +215,11 @@ def _misfit(keys: Mapping[str, str], header: Header, wanted: tuple[int, ...] | N
     if deltas.kind_of(found) is None:
         return "no complete set of factors"
     listed = " and ".join(str(list(shape)) for shape in found.values())
-    if _made(found) != (wanted[0], math.prod(wanted[1:])):
+    if deltas.shape_of(found) != (wanted[0], math.prod(wanted[1:])):
         return f"factors {listed} do not make {list(wanted)}"
     if magnitude is not None and not _is_magnitude(magnitude, wanted):
         return f"magnitude {list(magnitude)} is none of {list(wanted)}"
     return None
-
-
-def _made(factors: Shapes) -> tuple[int, ...] | None:
-    """Give the shape of the product of factors; None if they do not go together."""
-    empty = {name: torch.empty(shape, device="meta") for name, shape in factors.items()}
-    try:
-        return tuple(deltas.product(empty).shape)
-    except (RuntimeError, IndexError):
-        return None
 
 
 def _is_magnitude(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
