@@ -186,11 +186,19 @@ def _add_export(commands: _Commands) -> None:
     add("--to", required=True, metavar="FORMATS", help="formats, with commas between them")
     add("--out", type=Path, metavar="FOLDER", help="where to write (beside the adapter)")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="of the numbers (bfloat16)")
-    add("--rank", type=int, metavar="R", help="make plain factors of at most this rank")
+    add("--rank", type=_positive, metavar="R", help="make plain factors of at most this rank")
     add("--trigger", default="", metavar="WORD", help="word that calls for what was learnt")
     add("--without-audio", action="store_true", help="write no merged audio modules")
     add("--verify", action="store_true", help="read back as that program does, and compare")
     add("overrides", nargs="*", metavar="base.key=value", help="where the base is now")
+
+
+def _positive(text: str) -> int:
+    """Read a number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def _add_extract(commands: _Commands) -> None:
@@ -202,7 +210,7 @@ def _add_extract(commands: _Commands) -> None:
     add("base", metavar="BASE", help="folder of the weights as they were")
     add("tuned", metavar="TUNED", help="folder or file of the weights as they are now")
     add("--out", type=Path, required=True, help="adapter file to write")
-    add("--rank", type=int, default=32, metavar="R", help="of the factors (32)")
+    add("--rank", type=_positive, default=32, metavar="R", help="of the factors (32)")
     add("--parts", default="attention,ffn,audio", help="parts to compare (all, with commas)")
     add("overrides", nargs="*", metavar="base.key=value", help="for both, such as audio_weights")
 
@@ -272,7 +280,8 @@ def _sample(arguments: _Arguments) -> None:
 def _export(arguments: _Arguments) -> None:
     from kit.run.export import Settings, export
 
-    formats = [name.strip() for name in arguments.to.split(",") if name.strip()]
+    names = (name.strip() for name in arguments.to.split(","))
+    formats = list(dict.fromkeys(name for name in names if name))
     settings = Settings(
         dtype=arguments.dtype,
         rank=arguments.rank,

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from kit.models.keys import our_name, public_name
 from kit.models.wan import Wan
 from kit.models.wan_base import WanBase
 from kit.run.export import Settings, export
-from tests.originals import draw_states, write_original, write_tiny_configs
+from tests.originals import draw_states, write_original
 
 MakeWan = Callable[[], Wan]
 SEED = 4
@@ -278,20 +279,23 @@ def test_merged_into_its_base_it_computes_the_same(
     path = train(denoiser, tmp_path / "a.safetensors", wan, kind=kind, rank=2)
     write(path, target, tmp_path / "out")
     merged = tmp_path / "out" / target
-    if target == "wan":
-        write_tiny_configs(merged)
-        shutil.copy(wan / "config.json", merged)
-    else:
-        for file in TINY_BASE.glob("*/*.json"):
-            (merged / file.parent.name).mkdir(exist_ok=True)
-            shutil.copy(file, merged / file.parent.name)
     audio = str(merged / "infinitetalk.safetensors") if target == "wan" else None
-    base = WanBase(path=str(merged), audio_weights=audio, random_weights=1, dtype="float32")
+    base = WanBase(path=str(merged), audio_weights=audio, dtype="float32")
+    assert base.problems(encoders=False) == []
     again = base.load_denoiser(CPU)
     assert isinstance(again, Wan)
     torch.testing.assert_close(
         velocity(again, batch), velocity(denoiser, batch), rtol=1e-4, atol=1e-4
     )
+
+
+def test_diffusers_opens_the_merged_transformer(
+    make_denoiser: MakeWan, wan: Path, tmp_path: Path
+) -> None:
+    path = train(make_denoiser(), tmp_path / "a.safetensors", wan, rank=2)
+    write(path, "base", tmp_path)
+    network = WanTransformer3DModel.from_pretrained(tmp_path / "base" / "transformer")
+    assert network.config.num_layers == 2
 
 
 def test_large_bases_are_written_in_shards(tmp_path: Path) -> None:
@@ -305,6 +309,9 @@ def test_large_bases_are_written_in_shards(tmp_path: Path) -> None:
     for name, file in facts["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
     assert len(facts["weight_map"]) == 5
+    # A smaller one leaves nothing of the larger.
+    write_shards(iter({"t": torch.zeros(2)}.items()), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["diffusion_pytorch_model.safetensors"]
 
 
 def test_a_fully_trained_denoiser_becomes_a_base(
@@ -325,7 +332,7 @@ def test_a_fully_trained_denoiser_becomes_a_base(
     with torch.no_grad():
         expected = denoiser(batch.latents, sigma, batch.conditions)
         assert torch.equal(again(batch.latents, sigma, batch.conditions), expected)
-    with pytest.raises(InputError, match="every parameter trained"):
+    with pytest.raises(InputError, match="this adapter trained all fully"):
         write(tmp_path / "all.safetensors", "comfyui", tmp_path)
 
 
@@ -407,6 +414,75 @@ def test_a_folder_for_the_hub(
 def test_public_bases_are_named() -> None:
     recipe = RECIPE.format(wan="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers@main", kind="lora")
     info = AdapterInfo("ann", "wan", "lora", ("ffn",), (), 40, recipe)
-    facts = _front_matter(info, recipe_of(info), "", [])
+    facts = _front_matter(info, recipe_of(info), [], "", [])
     assert facts["base_model"] == "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
     assert facts["base_model_relation"] == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "message"),
+    [
+        ({}, ["--to", ""], "--to: name at least one of diffusers, comfyui"),
+        ({}, ["--to", "base", "--rank", "2"], "--rank: has no meaning for base here"),
+        ({"kind": "dora"}, ["--to", "kit", "--rank", "2"], "the change of a dora depends on its"),
+        (
+            {"parts": ["ffn"], "train_fully": ["attention"]},
+            ["--to", "comfyui", "--verify"],
+            "this adapter trained attention fully; take --to base, then kit extract",
+        ),
+        (
+            {"parts": ["audio"]},
+            ["--to", "comfyui", "--without-audio"],
+            "nothing to write; the adapter changes audio modules alone",
+        ),
+        ({}, ["--to", "comfyui", "--verify", "base.path=gone"], "there is no folder 'gone'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    make_denoiser: MakeWan,
+    wan: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    words: list[str],
+    message: str,
+) -> None:
+    path = train(make_denoiser(), tmp_path / "a.safetensors", wan, **{"rank": 4, **options})
+    assert main(["export", str(path), "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_are_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in ("0", "-1"):
+        with pytest.raises(SystemExit):
+            main(["export", "a.safetensors", "--to", "kit", f"--rank={rank}"])
+        assert f"{rank} is less than 1" in capsys.readouterr().err
+
+
+def test_what_a_smaller_rank_loses_is_told_and_audio_is_merged_whole(
+    make_denoiser: MakeWan, wan: Path, tmp_path: Path
+) -> None:
+    path = train(make_denoiser(), tmp_path / "a.safetensors", wan, rank=4)
+    said: list[str] = []
+    for rank in (None, 1):
+        settings = Settings(dtype="float32", rank=rank)
+        export(path, ["comfyui"], tmp_path / str(rank), said.append, settings=settings)
+    assert any("rank 1: " in line and "is lost, the worst" in line for line in said)
+    whole, small = (
+        load_file(tmp_path / name / "ann_infinitetalk.safetensors") for name in ("None", "1")
+    )
+    assert all(torch.equal(whole[key], small[key]) for key in whole)
+
+
+def test_an_adapter_on_top_of_another_says_so(
+    make_denoiser: MakeWan, wan: Path, tmp_path: Path
+) -> None:
+    first = train(make_denoiser(), tmp_path / "first.safetensors", wan, rank=2)
+    second = train(make_denoiser(), tmp_path / "second.safetensors", wan, rank=2)
+    tensors, info = load_adapter(second)
+    on_top = info.recipe.replace("dtype: float32", f"dtype: float32, loras: [{{file: {first}}}]")
+    write_adapter(second, tensors, replace(info, recipe=on_top))
+    said: list[str] = []
+    export(second, ["kohya"], tmp_path / "out", said.append, settings=Settings(with_audio=False))
+    assert said[-1] == "trained on top of first.safetensors: load that as well"

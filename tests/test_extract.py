@@ -1,5 +1,6 @@
 """`kit extract`: what a training changed, as an adapter, is what was trained."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,7 @@ def test_merging_what_was_extracted_gives_the_tuned_weights(extract: Extract) ->
     [
         (["--parts", "nose"], "unknown part 'nose'"),
         (["base.path=nowhere"], "there is no folder 'nowhere'"),
+        (["--parts", ","], "--parts: name at least one part"),
     ],
 )
 def test_mistakes_are_told(
@@ -117,3 +119,27 @@ def test_mistakes_are_told(
     assert not Path("ann.safetensors").exists()
     assert main(["extract", "wan", "wan", "--out", "ann.safetensors"]) == 2
     assert "no layer of attention, ffn, audio changed" in capsys.readouterr().err
+
+
+def test_places_are_looked_at_before_the_work(
+    extract: Extract, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("folder").mkdir()
+    assert main(["extract", "wan", "tuned", "--out", "folder"]) == 2
+    assert "--out: 'folder' is a folder; name a file" in capsys.readouterr().err
+    assert main(["extract", "wan", "tuned", "--out", "new/place/ann.safetensors"]) == 0
+    assert Path("new/place/ann.safetensors").exists()
+
+
+def test_other_sizes_are_refused(extract: Extract, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads(Path("tuned/config.json").read_text())
+    Path("tuned/config.json").write_text(json.dumps({**facts, "num_layers": 1}))
+    for file in Path("tuned").glob("*.safetensors"):
+        tensors = {k: v for k, v in load_file(file).items() if "blocks.1." not in k}
+        save_file(tensors, file)
+    index = Path("tuned/diffusion_pytorch_model.safetensors.index.json")
+    weights = json.loads(index.read_text())["weight_map"]
+    kept = {k: v for k, v in weights.items() if "blocks.1." not in k}
+    index.write_text(json.dumps({"weight_map": kept}))
+    assert extract() == 2
+    assert "differ in size: transformer.blocks.1." in capsys.readouterr().err

@@ -324,3 +324,25 @@ def strike_after(steps: int, curves: Path, words: list[str], blow: signal.Signal
         time.sleep(0.005)
     process.send_signal(blow)
     assert process.wait(timeout=60) in (-signal.SIGKILL, 130)
+
+
+def test_a_changed_adapter_below_is_noticed(encoded_shards: Path) -> None:
+    first = fit(str(RECIPE), overrides(encoded_shards, name="first"), print_nothing)
+    old = Path("old.safetensors")
+    shutil.copy(first / "adapter.safetensors", old)
+
+    def on_top(steps: int) -> list[str]:
+        more = {"adapter.start": old, "trainer.max_steps": steps}
+        return overrides(encoded_shards, name="second", **more)
+
+    second = fit(str(RECIPE), on_top(2), print_nothing)
+    shutil.copy(second / "adapter.safetensors", old)
+    with pytest.raises(InputError, match=r"files\.old\.safetensors: was '\w+', is '\w+'"):
+        fit(str(RECIPE), on_top(4), print_nothing)
+
+
+def test_keeping_the_base_needs_one(encoded_shards: Path) -> None:
+    whole = {"adapter.train_fully": "[audio]", "adapter.parts": "[ffn]"}
+    words = overrides(encoded_shards, **{"objective.keep_base": 0.5, **whole})
+    with pytest.raises(InputError, match=r"objective\.keep_base: parts that train fully"):
+        fit(str(RECIPE), words, print_nothing)

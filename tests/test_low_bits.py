@@ -25,6 +25,7 @@ from kit.models.lora_files import LoraFile
 from kit.models.low_bits import FORMS
 from kit.models.wan_base import Quantisation, WanBase
 from kit.run.fit import fit
+from kit.run.parts import quantisation_problems
 from kit.run.rounding import Inputs, measure_rounding, stream_blocks
 from kit.training.curves import read_curves
 
@@ -271,8 +272,8 @@ def test_rows_that_four_bits_cannot_have_are_named(base: MakeBase) -> None:
 
 
 UNFIT = {
-    "adapter.train_fully=[ffn]": r"base\.quantise: weights in nf4 cannot train, .* 'ffn' fully",
-    "adapter.kind=loha": r"adapter\.kind: 'loha' .* on nf4; valid: lora, dora",
+    "adapter.train_fully=[ffn]": r"base\.quantise: nf4 cannot take whole weights, .* 'ffn'",
+    "adapter.kind=loha": r"adapter: a loha does not go with nf4; valid: lora, dora",
 }
 
 
@@ -287,7 +288,7 @@ def test_adapters_that_cannot_work_are_refused(
 
 def test_a_denoiser_that_trains_whole_is_refused(wide_base: Path, encoded_shards: Path) -> None:
     words = [*overrides(wide_base, encoded_shards), "adapter.type=full"]
-    with pytest.raises(InputError, match="the adapter trains 'all' fully"):
+    with pytest.raises(InputError, match="the adapter has those of 'all'"):
         fit(str(RECIPE), words, lambda line: None)
 
 
@@ -357,3 +358,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(inner)
+
+
+def test_adapters_that_do_not_go_with_a_form_are_refused_in_sampling() -> None:
+    assert quantisation_problems(None, "loha", ["ffn"]) == []
+    assert quantisation_problems("nf4", "lora", ["audio"]) == []
+    (kind,) = quantisation_problems("int8", "dora", [])
+    assert kind == "adapter: a dora does not go with int8; valid: lora"
+    (whole,) = quantisation_problems("int8", "lora", ["attention"])
+    assert "int8 cannot take whole weights, and the adapter has those of 'attention'" in whole

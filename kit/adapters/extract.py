@@ -8,6 +8,7 @@ from torch import Tensor
 from kit.adapters.resize import factorise
 from kit.errors import InputError
 from kit.models.base import Base
+from kit.models.checkpoints import parameter_shapes
 
 
 class Extracted(NamedTuple):
@@ -44,11 +45,27 @@ def extract(base: Base, tuned: Base, parts: tuple[str, ...], rank: int) -> Itera
     unknown = [part for part in parts if part not in valid]
     if unknown:
         raise InputError(f"--parts: unknown part '{unknown[0]}'; there are {', '.join(valid)}")
+    require_same_sizes(base, tuned)
     names = [f"{layer}.weight" for part in parts for layer in valid[part]]
     for name, change, _ in _changes(base, tuned, names):
         up, down = factorise(change, rank)
         lost = (change - up @ down).norm() / change.norm()
         yield Extracted(name.removesuffix(".weight"), up, down, lost.item())
+
+
+def require_same_sizes(base: Base, tuned: Base) -> None:
+    """Refuse to compare denoisers of different sizes.
+
+    Raises:
+        InputError: names the first parameter that differs.
+    """
+    one, other = (parameter_shapes(given.empty_denoiser()) for given in (base, tuned))
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            raise InputError(
+                f"the two denoisers differ in size: {name} is {one.get(name)} in the one, "
+                f"{other.get(name)} in the other"
+            )
 
 
 def unheld(base: Base, tuned: Base, layers: set[str]) -> Iterator[tuple[str, float]]:

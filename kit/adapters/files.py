@@ -44,7 +44,7 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], info: AdapterInfo) 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     """Write a safetensors file; a file of that name is replaced only by a complete one."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{path.name}.partial")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, partial, metadata=header)

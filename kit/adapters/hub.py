@@ -35,29 +35,39 @@ def write_card(
         All that was written. No paths and no user names are in it.
     """
     recipe = recipe_of(info)
+    out.mkdir(parents=True, exist_ok=True)
     shown = [out / "previews" / path.name for path in previews[-MAX_PREVIEWS:]]
     for source, copy in zip(previews[-MAX_PREVIEWS:], shown, strict=True):
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, copy)
     card = out / "README.md"
     matter = StringIO()
-    YAML(typ="safe", pure=True).dump(_front_matter(info, recipe, trigger, shown), matter)
+    YAML(typ="safe", pure=True).dump(_front_matter(info, recipe, files, trigger, shown), matter)
     card.write_text(f"---\n{matter.getvalue()}---\n{_text(info, recipe, files, trigger)}")
     return [card, *shown]
 
 
 def _front_matter(
-    info: AdapterInfo, recipe: Mapping[str, Any], trigger: str, previews: Sequence[Path]
+    info: AdapterInfo,
+    recipe: Mapping[str, Any],
+    files: Sequence[Path],
+    trigger: str,
+    previews: Sequence[Path],
 ) -> dict[str, Any]:
     caption = recipe.get("preview", {}).get("text", trigger)
     path = str(recipe["base"].get("path", ""))
+    is_for_diffusers = any("pytorch_lora" in file.name for file in files)
     public = {"base_model": path.split("@")[0], "base_model_relation": "adapter"}
     return {
         "license": LICENCES.get(info.base, "other"),
         **(public if HUB_NAME.fullmatch(path) else {}),
-        "library_name": "diffusers",
+        **({"library_name": "diffusers"} if is_for_diffusers else {}),
         "pipeline_tag": "image-to-video",
-        "tags": ["lora", "template:diffusion-lora", "talking-character", "infinitetalk"],
+        "tags": [
+            *(["lora", "template:diffusion-lora"] if is_for_diffusers else []),
+            "talking-character",
+            "infinitetalk",
+        ],
         **({"instance_prompt": trigger} if trigger else {}),
         "widget": [
             {"text": caption or info.name, "output": {"url": f"previews/{preview.name}"}}

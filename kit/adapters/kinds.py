@@ -144,5 +144,10 @@ def shape_of(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     return made if made and magnitude in (None, made[:1]) else None
 
 
+def roles(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name a layer's tensors by what they are to it."""
+    return {ROLES[name]: tensor for name, tensor in tensors.items() if name in ROLES}
+
+
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {ROLES[name]: tuple(t.shape) for name, t in tensors.items() if name in ROLES}
+    return {role: tuple(tensor.shape) for role, tensor in roles(tensors).items()}

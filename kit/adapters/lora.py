@@ -17,8 +17,8 @@ from kit.draws import seed_of
 from kit.errors import InputError, did_you_mean
 from kit.models.base import Denoiser
 from kit.models.checkpoints import parameter_shapes
+from kit.models.lora_files import AdapterFile
 from kit.models.tensor_files import shorten
-from kit.recipe import ExistingFile
 
 ADAPTER_NAME = "default"
 
@@ -60,7 +60,7 @@ class Lora:
         train_fully: Sequence[Part] = (),
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         factor: Annotated[int, Field(ge=-1)] = -1,
-        start: ExistingFile | None = None,
+        start: AdapterFile | None = None,
     ) -> None:
         self.kind = kind
         self.rank = rank

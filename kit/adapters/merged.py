@@ -80,6 +80,8 @@ def write_shards(
         write_tensors(folder / _part(number), shard, {"format": "pt"})
         parts.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
+    for older in folder.glob("diffusion_pytorch_model*"):
+        older.unlink()
     if len(parts) == 1:
         return [(folder / _part(0)).rename(folder / "diffusion_pytorch_model.safetensors")]
     return _name_shards(folder, parts, total)

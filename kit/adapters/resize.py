@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from kit.adapters.export import scaled_layers
-from kit.adapters.kinds import ALPHA, by_layer
+from kit.adapters.kinds import ALPHA, by_layer, roles
 from kit.models.deltas import product
 
 OVERSAMPLING = 8
 """Directions that are looked for beyond those kept, which makes the kept ones exact enough."""
 
 
-def to_lora(tensors: Mapping[str, Tensor], kind: str, rank: int) -> dict[str, Tensor]:
+def to_lora(
+    tensors: Mapping[str, Tensor], kind: str, rank: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Turn an adapter into plain low-rank factors of at most a rank, the nearest there are.
 
     Args:
@@ -22,18 +24,22 @@ def to_lora(tensors: Mapping[str, Tensor], kind: str, rank: int) -> dict[str, Te
         rank: at most; layers that have fewer keep theirs.
 
     Returns:
-        Content of an adapter file of kind `lora`; alpha is the rank. Whole tensors stay.
+        Content of an adapter file of kind `lora`; alpha is the rank, whole tensors stay. And the
+        share of each layer's change that is lost, by its norm.
     """
+    lost: dict[str, float] = {}
     layers = scaled_layers(tensors, kind)
     in_layers = {key for names in by_layer(tensors, kind).values() for key in names.values()}
     made = {name: tensor for name, tensor in tensors.items() if name not in in_layers}
     for layer, factors in layers.items():
+        change = product(roles(factors))
         if kind == "lora":
             up, down = truncate(factors["lora_B.weight"], factors["lora_A.weight"], rank)
         else:
-            up, down = factorise(product(factors), rank)
+            up, down = factorise(change, rank)
         made |= lora_tensors(layer, up, down)
-    return made
+        lost[layer] = ((change - up @ down).norm() / change.norm().clamp_min(1e-12)).item()
+    return made, lost
 
 
 def lora_tensors(layer: str, up: Tensor, down: Tensor) -> dict[str, Tensor]:

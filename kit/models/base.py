@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,17 @@ class Base(ABC):
 
         Yields:
             Our name and the value, in the base's dtype.
+        """
+
+    @abstractmethod
+    def configurations(self, layout: str) -> Mapping[str, Mapping[str, Any]]:
+        """Give what the denoiser's `config.json` files say, by their places in a folder.
+
+        Args:
+            layout: `base` for this kit's and diffusers' folders, or that of the public weights.
+
+        Raises:
+            InputError: the base is not here, so that its sizes are unknown.
         """
 
     @abstractmethod

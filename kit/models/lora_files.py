@@ -43,6 +43,10 @@ def _name_file(path: object) -> object:
     return str(adapter_file(path)) if isinstance(path, str) else path
 
 
+AdapterFile = Annotated[ExistingFile, BeforeValidator(_name_file)]
+"""A file, or a folder that PEFT saved, that must be there when the recipe is read."""
+
+
 @dataclass(frozen=True)
 class LoraFile:
     """An adapter file as a recipe names it.
@@ -55,7 +59,7 @@ class LoraFile:
             and reported. A file of which nothing has a place is always an error.
     """
 
-    file: Annotated[ExistingFile, BeforeValidator(_name_file)]
+    file: AdapterFile
     strength: float = 1.0
     unmatched: Literal["error", "skip"] = "error"
 
@@ -128,7 +132,10 @@ class Match:
         return f"{line}; left out: {self._listed()}" if self.unmatched else line
 
     def _listed(self) -> str:
-        return shorten([f"{key} ({reason})" for key, reason in self.unmatched.items()])
+        by_reason: dict[str, list[str]] = {}
+        for key, reason in self.unmatched.items():
+            by_reason.setdefault(reason, []).append(key)
+        return "; ".join(f"{shorten(keys)} ({reason})" for reason, keys in by_reason.items())
 
 
 def is_lora(header: Header) -> bool:
@@ -212,7 +219,7 @@ def _misfit(keys: Mapping[str, str], header: Header, wanted: tuple[int, ...] | N
         wrong = [list(shape) for shape in found.values() if not same_shape(shape, wanted)]
         return f"is {wrong[0]}, not {list(wanted)}" if wrong else None
     magnitude = found.pop("magnitude", None)
-    if deltas.kind_of(found) is None:
+    if deltas.kind_of(found) is None or any(0 in shape for shape in found.values()):
         return "no complete set of factors"
     listed = " and ".join(str(list(shape)) for shape in found.values())
     if deltas.shape_of(found) != (wanted[0], math.prod(wanted[1:])):

@@ -234,6 +234,14 @@ def translate_config(config: Config, file: Path) -> dict[str, Any]:
     return {**ours, "attention_head_dim": config["dim"] // config["num_heads"]}
 
 
+def wan_config(config: Config, text_length: int) -> dict[str, Any]:
+    """Write Wan2.1's own configuration of a transformer; the inverse of `translate_config`."""
+    theirs = {name: config[ours] for name, ours in ORIGINAL.items() if ours in config}
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    kind = {"_class_name": "WanModel", "model_type": "i2v"}
+    return {**kind, "dim": width, "text_len": text_length, **theirs}
+
+
 def complete_config(sizes: Sizes, given: Config, shapes: Shapes, place: str) -> dict[str, Any]:
     """Find the configuration of a network.
 

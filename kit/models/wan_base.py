@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +35,7 @@ from kit.models.layouts import (
 )
 from kit.models.lora_files import LoraFile, Match, match_lora, merge_changes
 from kit.models.repositories import CONFIG_FILES, WEIGHT_FILES, is_remote, resolve
+from kit.models.sizes import wan_config
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +195,17 @@ class WanBase(Base):
         every = parameter_shapes(model)
         shapes = every if names is None else {name: every[name] for name in names}
         yield from self._read(layout, shapes, torch.device("cpu"), in_order=names is not None)
+
+    def configurations(self, layout: str) -> Mapping[str, Mapping[str, Any]]:
+        """Say what `config.json` files hold; see `Base`."""
+        transformer = self._outline.denoiser_config("transformer")
+        audio = self._outline.denoiser_config("audio")
+        if layout == "wan":
+            return {"config.json": wan_config(transformer, self._text_length)} | {
+                "audio/config.json": audio
+            }
+        named = {"_class_name": "WanTransformer3DModel", **transformer}
+        return {"transformer/config.json": named, "audio/config.json": audio}
 
     def _open(self) -> tuple[Layout, Denoiser]:
         """Find what the denoiser is read from and build it without memory."""

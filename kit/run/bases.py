@@ -6,12 +6,24 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from kit import shipped
 from kit.errors import InputError
 from kit.models import BASES
 from kit.models.base import Base
-from kit.recipe import Schema, Section, read
+from kit.models.lora_files import adapter_file
+from kit.recipe import Recipe, Schema, Section, read
 
 BASE_ONLY = Schema(title="base", fields={}, sections={"base": Section(BASES)})
+
+
+def adapter_files(recipe: Recipe) -> list[Path]:
+    """List the adapters that a recipe merges into its base, and the one that it goes on from."""
+    values = recipe.values
+    adapter = values["adapter"] if isinstance(values.get("adapter"), dict) else {}
+    named = [change["file"] for change in values.get("base", {}).get("loras", [])] + [
+        adapter.get("start")
+    ]
+    return [adapter_file(shipped.resolve(name)) for name in named if name is not None]
 
 
 def build_base(

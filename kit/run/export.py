@@ -1,5 +1,6 @@
 """`kit export`: an adapter in the formats of other programs, or merged into its base."""
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -85,33 +86,24 @@ def export(
             trained.
     """
     tensors, info = load_adapter(adapter)
-    with tempfile.TemporaryDirectory() as folder:
-        source = adapter
-        if settings.rank is not None:
-            tensors, info = _resized(tensors, info, settings.rank)
-            source = Path(folder) / "resized.safetensors"
-            write_adapter(source, tensors, info)
-        exporting = _Exporting(source, tensors, info, out or adapter.parent, report, settings)
-        exporting.require_known(formats)
-        base = exporting.open_base(formats, overrides)
-        files = [path for name in formats for path in exporting.write(name, base)]
-        if any(name in FORMATS for name in formats):
-            files += exporting.write_audio(base, exporting.out)
-        if HUB in formats:
-            files += exporting.write_hub(base, sorted((adapter.parent / "previews").glob("*.mp4")))
-        exporting.verify(formats, overrides)
+    place = out or adapter.parent
+    exporting = _Exporting(adapter, tensors, info, place, report, settings, tuple(overrides))
+    exporting.require_known(formats)
+    base, sizes = exporting.open_base(formats), exporting.open_sizes()
+    if settings.rank is not None:
+        exporting = exporting.resized(settings.rank)
+    files: list[Path] = []
+    for name in formats:
+        written = exporting.write(name, base)
+        files += written
+        if settings.verify:
+            exporting.verify(name, written, sizes)
+    if any(name in FORMATS for name in formats):
+        files += exporting.write_audio(base, exporting.out)
+    if not files:
+        raise InputError("--to: nothing to write; the adapter changes audio modules alone")
+    exporting.tell_what_else()
     return files
-
-
-def _resized(
-    tensors: dict[str, Tensor], info: AdapterInfo, rank: int
-) -> tuple[dict[str, Tensor], AdapterInfo]:
-    if info.kind == "dora":
-        raise InputError(
-            "--rank: the change of a dora depends on its base; --to base and kit extract make "
-            "plain factors of it"
-        )
-    return to_lora(tensors, info.kind, rank), replace(info, kind="lora")
 
 
 @dataclass(frozen=True)
@@ -124,20 +116,46 @@ class _Exporting:
     out: Path
     report: Callable[[str], None]
     settings: Settings
+    overrides: tuple[str, ...]
 
     def require_known(self, formats: Sequence[str]) -> None:
         """Refuse what cannot be written, before anything is."""
+        if not formats:
+            raise InputError(f"--to: name at least one of {', '.join(TARGETS)}")
         if self.info.base not in BASES:
             hint = did_you_mean(self.info.base, BASES)
             raise InputError(f"{self.source}: unknown base '{self.info.base}'{hint}")
+        is_resized = self.settings.rank is not None
+        if is_resized and self.info.kind == "dora":
+            raise InputError(
+                "--rank: the change of a dora depends on its base; --to base and kit extract make "
+                "plain factors of it"
+            )
+        kind = "lora" if is_resized else self.info.kind
         for name in formats:
             if name not in TARGETS:
                 raise InputError(f"--to: unknown format '{name}'{did_you_mean(name, TARGETS)}")
-            reason = UNSUPPORTED.get((self.info.kind, name))
-            if reason is not None:
-                raise InputError(f"--to {name}: {reason}")
-            if name in (*FORMATS, HUB) and self._is_whole:
-                raise InputError(f"--to {name}: every parameter trained; --to base, or kit extract")
+            if is_resized and (name in LAYOUTS or self._is_whole):
+                raise InputError(f"--rank: has no meaning for {name} here; leave it out")
+            if (kind, name) in UNSUPPORTED:
+                raise InputError(f"--to {name}: {UNSUPPORTED[kind, name]}")
+            if name in (*FORMATS, HUB) and self._whole_parts:
+                raise InputError(
+                    f"--to {name}: factors alone go there, and this adapter trained "
+                    f"{', '.join(self._whole_parts)} fully; take --to base, then kit extract"
+                )
+
+    @property
+    def _whole_parts(self) -> list[str]:
+        """Name the parts of Wan's trunk that trained without factors."""
+        return [part for part in self.info.train_fully if part != "audio"]
+
+    def resized(self, rank: int) -> "_Exporting":
+        """Make plain factors of at most a rank, and say what is lost."""
+        tensors, lost = to_lora(self.tensors, self.info.kind, rank)
+        worst = max(lost, key=lambda layer: lost[layer])
+        self.report(f"rank {rank}: {lost[worst]:.1%} of the change of {worst} is lost, the worst")
+        return replace(self, tensors=tensors, info=replace(self.info, kind="lora"))
 
     @property
     def _is_whole(self) -> bool:
@@ -147,7 +165,7 @@ class _Exporting:
     def _merges_audio(self) -> bool:
         return self.settings.with_audio and any(is_audio(name) for name in self.tensors)
 
-    def open_base(self, formats: Sequence[str], overrides: Sequence[str]) -> Base | None:
+    def open_base(self, formats: Sequence[str]) -> Base | None:
         """Find the base with the adapter among its changes, if weights of it are to be written."""
         merges = any(name in LAYOUTS for name in formats) and not self._is_whole
         writes_audio = any(name in (*FORMATS, HUB) for name in formats) and self._merges_audio
@@ -157,23 +175,50 @@ class _Exporting:
         values["loras"] = [*values.get("loras", []), {"file": str(self.source.absolute())}]
         if self.settings.dtype not in (None, "bfloat16"):
             values["dtype"] = "float32"  # to be rounded once
-        return build_base(values, overrides, hint=WHERE_THE_BASE_IS)
+        return build_base(values, self.overrides, hint=WHERE_THE_BASE_IS)
+
+    def open_sizes(self) -> Base | None:
+        """Find the sizes of the base, if what is written is to be verified."""
+        if not self.settings.verify:
+            return None
+        sizes = self._sizes()
+        sizes.empty_denoiser()
+        return sizes
+
+    def _sizes(self) -> Base:
+        return build_base(recipe_of(self.info)["base"], self.overrides, needs_weights=False)
 
     def write(self, name: str, base: Base | None) -> list[Path]:
         """Write one format to a folder of its own."""
         folder = self.out / name
-        folder.mkdir(parents=True, exist_ok=True)
         if name == OWN:
             files = [self._write_own(folder)]
         elif name in LAYOUTS:
-            given = self.tensors.items() if base is None else base.parameters()
-            dtype = None if self.settings.dtype is None else DTYPES[self.settings.dtype]
-            files = LAYOUTS[name](cast(given, dtype), folder, self._public)
+            files = self._write_whole(name, folder, base)
+        elif name in FORMATS:
+            files = self._write_trunk(name, folder)
         else:
-            names = [name] if name in FORMATS else self._hub_formats
-            files = [path for format in names for path in self._write_trunk(format, folder)]
+            files = [path for one in self._hub_formats for path in self._write_trunk(one, folder)]
+            files += self.write_audio(base, folder)
+            previews = sorted((self.source.parent / "previews").glob("*.mp4"))
+            files += write_card(self.info, folder, files, self.settings.trigger, previews)
         for path in files:
             self.report(f"  {path}")
+        return files
+
+    def _write_whole(self, name: str, folder: Path, base: Base | None) -> list[Path]:
+        given = self.tensors.items() if base is None else base.parameters()
+        dtype = None if self.settings.dtype is None else DTYPES[self.settings.dtype]
+        files = LAYOUTS[name](cast(given, dtype), folder, self._public)
+        try:
+            configurations = self._sizes().configurations(name)
+        except InputError as error:
+            self.report(f"no config.json is written, since the base is not here: {error}")
+            return files
+        for place, values in configurations.items():
+            files.append(folder / place)
+            files[-1].parent.mkdir(exist_ok=True)
+            files[-1].write_text(json.dumps(values, indent=2) + "\n")
         return files
 
     def write_audio(self, base: Base | None, folder: Path) -> list[Path]:
@@ -186,34 +231,29 @@ class _Exporting:
         self.report(f"audio modules, merged:\n  {file}")
         return [file]
 
-    def write_hub(self, base: Base | None, previews: Sequence[Path]) -> list[Path]:
-        """Write what the hub shows beside the files: a model card and previews."""
-        folder = self.out / HUB
-        audio = self.write_audio(base, folder)
-        files = sorted(folder.glob("*.safetensors"))
-        card = write_card(self.info, folder, files, self.settings.trigger, previews)
-        self.report(f"  {card[0]}, with {len(card) - 1} previews")
-        return [*audio, *card]
-
-    def verify(self, formats: Sequence[str], overrides: Sequence[str]) -> None:
-        """Read back what other programs are to read.
+    def verify(self, name: str, files: Sequence[Path], sizes: Base | None) -> None:
+        """Read back what another program is to read.
 
         Raises:
-            InputError: one of them does not do what was trained.
+            InputError: it does not do what was trained.
         """
-        names = [name for name in formats if name in FORMATS]
-        if not self.settings.verify or not names:
+        if sizes is None or name not in FORMATS:
+            self.report(f"{name}: not verified; only {', '.join(FORMATS)} are")
             return
-        values = recipe_of(self.info)["base"]
-        denoiser = build_base(values, overrides, needs_weights=False).empty_denoiser()
-        problems: list[str] = []
-        for name in names:
-            for file in (self.out / name).glob("*.safetensors"):
-                found = verify(file, name, self.source, denoiser)
+        with tempfile.TemporaryDirectory() as folder:
+            trained = Path(folder) / "adapter.safetensors"
+            write_adapter(trained, self.tensors, self.info)
+            for file in (file for file in files if file.suffix == ".safetensors"):
+                found = verify(file, name, trained, sizes.empty_denoiser())
                 self.report(found.summary())
-                problems += found.problems()
-        if problems:
-            raise InputError("\n".join(["written, but not what was trained:", *problems]))
+                if found.problems():
+                    lines = ["written, but not what was trained:", *found.problems()]
+                    raise InputError("\n".join(lines))
+
+    def tell_what_else(self) -> None:
+        """Name the adapters that this one was trained on top of."""
+        for change in recipe_of(self.info).get("base", {}).get("loras", []):
+            self.report(f"trained on top of {Path(change['file']).name}: load that as well")
 
     @property
     def _hub_formats(self) -> list[str]:
@@ -221,6 +261,7 @@ class _Exporting:
         return [name for name in known if (self.info.kind, name) not in UNSUPPORTED]
 
     def _write_own(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "adapter.safetensors"
         # Scales and magnitudes are few, and worth their digits.
         tensors = {n: t.to(self._dtype) if t.ndim > 1 else t for n, t in self.tensors.items()}
@@ -235,6 +276,7 @@ class _Exporting:
         self.report(f"{name}: {matched} tensors matched, {unknown} unmatched (audio modules)")
         if not trunk:
             return []
+        folder.mkdir(parents=True, exist_ok=True)
         public, trigger = self._public_name, self.settings.trigger
         return FORMATS[name](Trunk(self.info, trunk, public, self._dtype, trigger), folder)
 

@@ -54,6 +54,13 @@ def extract_adapter(request: Request, report: Callable[[str], None]) -> Path:
     Raises:
         InputError: a checkpoint cannot be read, or nothing changed.
     """
+    if not request.parts:
+        raise InputError("--parts: name at least one part, such as attention")
+    if request.out.is_dir():
+        raise InputError(
+            f"--out: '{request.out}' is a folder; name a file, such as ann.safetensors"
+        )
+    request.out.parent.mkdir(parents=True, exist_ok=True)
     before = _folder(Path(request.base))
     after = before | _tuned(Path(request.tuned))
     base, tuned = (build_base(values, request.overrides) for values in (before, after))

@@ -21,10 +21,12 @@ from kit.errors import InputError
 from kit.models.base import Denoiser, Encoders
 from kit.models.checkpoints import parameter_shapes
 from kit.recipe import Recipe
+from kit.run.bases import adapter_files
 from kit.run.parts import FitParts, build_fit
 from kit.run.recipes import FIT, read_as
 from kit.run.rounding import first_inputs, report_rounding
 from kit.run.scenes import build_measure, load_portrait, load_track, one_speaker
+from kit.run.unfinished import digest_of
 from kit.sampling.scene import Scene
 from kit.training.checkpoints import newest_checkpoint, require_same_recipe, step_of
 from kit.training.curves import read_curves
@@ -56,8 +58,9 @@ def fit(recipe: str, overrides: Sequence[str], report: Callable[[str], None]) ->
     checked = read_as(recipe, overrides, FIT)
     parts = build_fit(checked)
     folder = RUNS / str(checked["name"])
-    # What the shards hold counts, not where they lie.
-    values = {**checked.values, "shards": parts.data.digest()}
+    # What shards and adapters hold counts, not where they lie.
+    files = {str(path): digest_of(path) for path in adapter_files(checked)}
+    values = {**checked.values, "shards": parts.data.digest(), "files": files}
     resume = newest_checkpoint(folder / "checkpoints")
     if resume is not None:
         require_same_recipe(resume, values)

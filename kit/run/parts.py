@@ -1,5 +1,6 @@
 """The parts of a fine-tuning run, built from its recipe but not loaded yet."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +63,13 @@ def build_fit(recipe: Recipe) -> FitParts:
     if parts.sampler.offload:
         problems.append("sampling.offload: a network in training cannot leave its device")
     problems += _picture_problems(recipe, parts.preview)
-    problems += _quantisation_problems(recipe.values["base"].get("quantise"), parts.adapter)
+    form = recipe.values["base"].get("quantise")
     trains_whole_parts = bool(parts.adapter.train_fully)
+    problems += quantisation_problems(form, parts.adapter.kind, parts.adapter.train_fully)
+    if recipe.values["objective"].get("keep_base") and trains_whole_parts:
+        problems.append(
+            "objective.keep_base: parts that train fully have no base left to be compared with"
+        )
     is_half = recipe.values["base"].get("dtype") == "bfloat16"
     if trains_whole_parts and is_half and parts.training.precision == "32-true":
         problems.append(
@@ -88,20 +94,24 @@ def build_data(
     return data
 
 
-def _quantisation_problems(form: str | None, adapter: Lora | Full) -> list[str]:
-    """Say what of an adapter a base whose weights are held in this form cannot bear."""
+def quantisation_problems(form: str | None, kind: str, train_fully: Sequence[str]) -> list[str]:
+    """Say what of an adapter a base whose weights are held in this form cannot bear.
+
+    Args:
+        form: of the base's weights; None if they are in full.
+        kind: of the adapter's factors.
+        train_fully: parts that it holds whole.
+    """
     if form is None:
         return []
-    whole = [part for part in adapter.train_fully if part != "audio"]
     found = [
-        f"base.quantise: weights in {form} cannot train, and the adapter trains '{part}' fully"
-        for part in whole
+        f"base.quantise: {form} cannot take whole weights, and the adapter has those of '{part}'"
+        for part in train_fully
+        if part != "audio"
     ]
     kinds = FORMS[form].adapters
-    if adapter.kind not in kinds:
-        found.append(
-            f"adapter.kind: '{adapter.kind}' does not train on {form}; valid: {', '.join(kinds)}"
-        )
+    if kind not in kinds:
+        found.append(f"adapter: a {kind} does not go with {form}; valid: {', '.join(kinds)}")
     return found
 
 

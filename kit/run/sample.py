@@ -21,6 +21,8 @@ from kit.errors import InputError
 from kit.metrics.video_report import Measure, VideoReport
 from kit.models.base import Base, Denoiser, Geometry
 from kit.recipe import Recipe
+from kit.run.bases import adapter_files
+from kit.run.parts import quantisation_problems
 from kit.run.recipes import SAMPLE, read_as
 from kit.run.request import Request, load_tracks, place_speakers, read_request
 from kit.run.scenes import Size, build_measure, load_portrait, no_reference, open_video
@@ -81,11 +83,20 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
     sampler: TalkSampler = recipe.build("sampling")
     problems = [*base.problems(), *sampler.problems(base.geometry.frame_stride)]
     problems += _input_problems(recipe, base.geometry) + _output_problems(recipe)
+    if sampler.continuity != "source" and recipe["size"] is not None:
+        problems.append(
+            f"sampling.continuity: '{sampler.continuity}' needs a picture or video to go on from; "
+            "take source"
+        )
     if problems:
         raise InputError("\n".join(problems))
     if recipe["adapter"] is not None:
         tensors, info = load_adapter(Path(recipe["adapter"]))
         require_fit(base.empty_denoiser(), tensors, info.kind)
+        form = recipe.values["base"].get("quantise")
+        unfit = quantisation_problems(form, info.kind, info.train_fully)
+        if unfit:
+            raise InputError("\n".join(unfit))
     return base, sampler
 
 
@@ -126,6 +137,7 @@ def _output_problems(recipe: Recipe) -> list[str]:
 def _inputs(recipe: Recipe) -> list[Path]:
     """List the files that decide what the video shows."""
     named = [Path(recipe[key]) for key in ("adapter", "job") if recipe[key] is not None]
+    named += adapter_files(recipe)
     with suppress(InputError):
         named += read_request(recipe).files()
     return named

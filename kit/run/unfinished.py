@@ -88,6 +88,11 @@ def identify(recipe: Recipe, inputs: Sequence[Path]) -> str:
     """Hash what decides a video's frames: the recipe, and its inputs' bytes."""
     digest = hashlib.sha256(recipe.sha256.encode())
     for path in inputs:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(digest_of(path).encode())
     return digest.hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Hash a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
