@@ -423,6 +423,11 @@ def test_public_bases_are_named() -> None:
     ("options", "words", "message"),
     [
         ({}, ["--to", ""], "--to: name at least one of diffusers, comfyui"),
+        (
+            {"parts": [], "train_fully": ["audio"]},
+            ["--to", "kit", "--rank", "2"],
+            "--rank: this adapter has no factors",
+        ),
         ({}, ["--to", "base", "--rank", "2"], "--rank: has no meaning for base here"),
         ({"kind": "dora"}, ["--to", "kit", "--rank", "2"], "the change of a dora depends on its"),
         (

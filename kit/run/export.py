@@ -99,7 +99,9 @@ def export(
         if settings.verify:
             exporting.verify(name, written, sizes)
     if any(name in FORMATS for name in formats):
-        files += exporting.write_audio(base, exporting.out)
+        for file in exporting.write_audio(base, exporting.out):
+            report(f"audio modules, merged:\n  {file}")
+            files.append(file)
     if not files:
         raise InputError("--to: nothing to write; the adapter changes audio modules alone")
     exporting.tell_what_else()
@@ -153,6 +155,8 @@ class _Exporting:
     def resized(self, rank: int) -> "_Exporting":
         """Make plain factors of at most a rank, and say what is lost."""
         tensors, lost = to_lora(self.tensors, self.info.kind, rank)
+        if not lost:
+            raise InputError("--rank: this adapter has no factors; leave it out")
         worst = max(lost, key=lambda layer: lost[layer])
         self.report(f"rank {rank}: {lost[worst]:.1%} of the change of {worst} is lost, the worst")
         return replace(self, tensors=tensors, info=replace(self.info, kind="lora"))
@@ -228,7 +232,6 @@ class _Exporting:
         file = folder / f"{self.info.name}_infinitetalk.safetensors"
         names = [name for name, _ in base.empty_denoiser().named_parameters() if is_audio(name)]
         write_audio(cast(base.parameters(names), self._dtype), file, self._public)
-        self.report(f"audio modules, merged:\n  {file}")
         return [file]
 
     def verify(self, name: str, files: Sequence[Path], sizes: Base | None) -> None:
