@@ -1,7 +1,6 @@
 """Sizes are the source's own, and pictures are brought to them as the source does it."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +10,12 @@ from torch import Tensor
 
 from kit.data.buckets import TABLES, fit, fit_mask, nearest_bucket, parse_buckets
 from kit.errors import InputError
-
-REFERENCE = Path(__file__).parents[2] / "shared/fixtures/infinitetalk/utils.safetensors"
+from tests.outside import reference as reference_file
 
 
 @pytest.fixture
 def reference() -> dict[str, Tensor]:
-    if not REFERENCE.exists():
-        pytest.skip("the reference outputs are not beside the checkout")
-    with safe_open(REFERENCE, "pt") as file:
+    with safe_open(reference_file("utils.safetensors"), "pt") as file:
         assert json.loads(file.metadata()["meta"])["kind"] == "utils"
         return {name: file.get_tensor(name) for name in file.keys()}
 

@@ -79,7 +79,10 @@ def test_check_needs_something_to_check() -> None:
     assert (done.returncode, done.stderr[:18]) == (2, "kit: check: name a"), done.stderr
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(),
+    reason="only Linux has /dev/full, which fails as a full disk does",
+)
 def test_a_full_disk_is_one_line_and_exit_2(tmp_path: Path) -> None:
     # A link, so that even a writer that replaces its file leaves the device alone.
     (tmp_path / "full").symlink_to("/dev/full")
@@ -101,7 +104,9 @@ def test_a_full_disk_is_seen_behind_other_errors() -> None:
     assert cli._disk_full(InputError("no")) is None
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.skipif(
+    not hasattr(os, "mkfifo"), reason="Windows has no named pipes, which keep the command busy here"
+)
 def test_the_keyboard_stops_with_130(tmp_path: Path) -> None:
     # A plugin file that never ends keeps the command busy; opening the other end waits for it.
     pipe = tmp_path / "endless.py"

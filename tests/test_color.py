@@ -1,7 +1,5 @@
 """Colour correction in CIE Lab."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,8 +7,7 @@ from torch import Tensor
 
 from kit.draws import draw_normal
 from kit.sampling.color import lab_to_rgb, match_color, rgb_to_lab
-
-REFERENCE = Path(__file__).parents[2] / "shared/fixtures/infinitetalk/utils.safetensors"
+from tests import outside
 
 
 def picture(seed: int, *shape: int) -> Tensor:
@@ -78,9 +75,7 @@ def test_a_plain_frame_takes_the_mean_alone() -> None:
 
 @pytest.mark.parametrize("strength", ["0.5", "1"])
 def test_equals_the_reference(strength: str) -> None:
-    if not REFERENCE.exists():
-        pytest.skip("the reference outputs are not beside the checkout")
-    tensors = load_file(REFERENCE)
-    frames, reference = tensors["inputs/color.video"][0], tensors["inputs/color.reference"]
-    moved = match_color(frames, reference[0, :, 0], float(strength))
+    tensors = load_file(outside.reference("utils.safetensors"))
+    frames, wanted = tensors["inputs/color.video"][0], tensors["inputs/color.reference"]
+    moved = match_color(frames, wanted[0, :, 0], float(strength))
     assert (moved - tensors[f"outputs/color.{strength}"][0]).abs().max() < 1e-4

@@ -35,9 +35,9 @@ from kit.models.encoders import (
     load_network,
 )
 from kit.models.layouts import ENCODERS, find_layout, find_part
+from tests.outside import reference
 
 TINY_BASE = Path(__file__).parents[1] / "data" / "tiny_base"
-REFERENCE = Path(__file__).parents[2] / "shared" / "fixtures" / "infinitetalk"
 CPU = torch.device("cpu")
 
 
@@ -59,9 +59,7 @@ def encoders() -> WanEncoders:
 
 def load_reference(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Read weights, other tensors and facts of a file of reference outputs."""
-    path = REFERENCE / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip("the reference outputs are not beside the checkout")
+    path = reference(f"{name}.safetensors")
     tensors = load_file(path)
     weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if "weights/" in k}
     with safe_open(path, "pt") as reader:

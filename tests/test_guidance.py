@@ -1,7 +1,5 @@
 """Guidance: which branches are needed, what they see, and how they are combined."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +16,7 @@ from kit.guidance import (
     pad_text,
 )
 from kit.reference import first_frame_mask
+from tests.outside import reference
 
 NULL_TEXT = draw_normal((1, 4, 8), "null")
 CONDITIONS = Conditions(
@@ -133,10 +132,7 @@ def test_projected_guidance_needs_the_branches_of_plain_guidance(
 
 
 def test_projection_is_that_of_the_reference() -> None:
-    path = Path(__file__).parents[2] / "shared/fixtures/infinitetalk/utils.safetensors"
-    if not path.exists():
-        pytest.skip("the reference outputs are not beside the checkout")
-    tensors, project = load_file(path), Projection()
+    tensors, project = load_file(reference("utils.safetensors")), Projection()
     for step in range(3):
         difference, full = tensors[f"inputs/apg.diff{step}"], tensors[f"inputs/apg.cond{step}"]
         expected = tensors[f"outputs/apg.out{step}"]

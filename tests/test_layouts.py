@@ -51,9 +51,9 @@ from tests.originals import (
     write_original,
     write_tiny_configs,
 )
+from tests.outside import reference
 
 TINY_BASE = Path(__file__).parents[1] / "data" / "tiny_base"
-REFERENCE = Path(__file__).parents[2] / "shared" / "fixtures" / "infinitetalk"
 CPU = torch.device("cpu")
 SEED = 5
 PUBLIC_14B = {"in_channels": 36, "out_channels": 16, "image_dim": 1280, "added_kv_proj_dim": 5120}
@@ -158,9 +158,7 @@ def test_a_file_wins_over_the_folder(
 
 def load_reference(name: str) -> tuple[State, dict[str, Any]]:
     """Read all tensors and facts of a file of reference outputs."""
-    path = REFERENCE / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip("the reference outputs are not beside the checkout")
+    path = reference(f"{name}.safetensors")
     with safe_open(path, "pt") as reader:
         return load_file(path), json.loads(reader.metadata()["meta"])
 

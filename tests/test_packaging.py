@@ -17,7 +17,10 @@ from kit.shipped import FOLDERS
 ROOT = Path(__file__).parents[1]
 MAX_WHEEL_BYTES = 20_000_000
 
-pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git tells which files belong")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / ".git").exists(),
+    reason="not a git checkout, and git tells which files a distribution must hold",
+)
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -23,8 +22,7 @@ from kit.sampling.color import match_color
 from kit.sampling.frames import StillSource
 from kit.sampling.pipeline import TalkSampler
 from kit.sampling.scene import Scene, chunk_conditions
-
-REFERENCE = Path(__file__).parents[2] / "shared/fixtures/infinitetalk/sampler_single.safetensors"
+from tests.outside import reference
 
 
 class Done(NamedTuple):
@@ -45,10 +43,9 @@ class Fixture:
     """A run of the reference program: its weights, inputs and results."""
 
     def __init__(self) -> None:
-        if not REFERENCE.exists():
-            pytest.skip("the reference outputs are not beside the checkout")
-        self.tensors = load_file(REFERENCE)
-        with safe_open(REFERENCE, "pt") as reader:
+        path = reference("sampler_single.safetensors")
+        self.tensors = load_file(path)
+        with safe_open(path, "pt") as reader:
             self.facts = json.loads(reader.metadata()["meta"])
 
     def group(self, prefix: str) -> dict[str, Tensor]:

@@ -1,15 +1,12 @@
 """Schedules in closed form, and steps that are exact on a straight path."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from kit.draws import draw_normal
 from kit.solvers import SOLVERS, euler_step, sigma_schedule
-
-REFERENCE = Path(__file__).parents[2] / "shared/fixtures/infinitetalk/utils.safetensors"
+from tests.outside import reference
 
 
 def test_forty_steps_of_infinitetalk() -> None:
@@ -33,9 +30,7 @@ def test_schedules_fall_from_noise_to_clean(steps: int, shift: float) -> None:
 @pytest.mark.parametrize("steps", [4, 8, 40])
 @pytest.mark.parametrize("shift", [2, 7, 11])
 def test_schedules_equal_the_reference(steps: int, shift: int) -> None:
-    if not REFERENCE.exists():
-        pytest.skip("the reference outputs are not beside the checkout")
-    expected = load_file(REFERENCE)[f"outputs/timesteps.{steps}.{shift}"]
+    expected = load_file(reference("utils.safetensors"))[f"outputs/timesteps.{steps}.{shift}"]
     assert (1000 * sigma_schedule(steps, shift) - expected).abs().max() < 1e-3
 
 

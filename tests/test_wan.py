@@ -22,9 +22,9 @@ from kit.models.keys import our_name
 from kit.models.wan import Wan
 from kit.models.wan_base import WanBase
 from kit.reference import first_frame_mask
+from tests.outside import reference
 
 TINY_BASE = Path(__file__).parents[1] / "data" / "tiny_base"
-REFERENCE = Path(__file__).parents[2] / "shared" / "fixtures" / "infinitetalk"
 SIGMA = torch.tensor([0.3, 0.9, 0.6])
 
 
@@ -65,9 +65,7 @@ def relative(value: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("case", ["single", "double"])
 def test_equals_the_reference_program(case: str) -> None:
-    path = REFERENCE / f"dit_{case}.safetensors"
-    if not path.exists():
-        pytest.skip("the reference outputs are not beside the checkout")
+    path = reference(f"dit_{case}.safetensors")
     with safe_open(path, "pt") as reader:
         sizes = json.loads(reader.metadata()["meta"])["config"]
     tensors = load_file(path)

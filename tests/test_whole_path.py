@@ -13,9 +13,9 @@ from kit.cli import main
 from kit.data.media import VideoWriter, encode_wav, iter_frames, load_speech
 from kit.draws import draw_normal
 from tests.originals import draw_states, write_original
+from tests.outside import media
 
 ROOT = Path(__file__).parents[1]
-MEDIA = ROOT.parent / "shared" / "media"
 SECONDS = 1.4
 SETTINGS = """
 base: {path: wan, audio_weights: wan/infinitetalk.safetensors, random_weights: null,
@@ -55,12 +55,10 @@ def draw_pixels(count: int) -> NDArray[np.uint8]:
 
 def real_material() -> None:
     """Take a filmed person, a portrait with an alpha channel, and stereo speech."""
-    if not MEDIA.exists():
-        pytest.skip("the real media are not beside the checkout")
-    shutil.copy(MEDIA / "ref_video.mp4", "clips/ref_video.mp4")
+    shutil.copy(media("ref_video.mp4"), "clips/ref_video.mp4")
     Path("clips/ref_video.txt").write_text("a man in a dark suit is talking to the camera")
-    shutil.copy(MEDIA / "ref_image.png", "portrait.png")
-    shutil.copy(MEDIA / "speech.wav", "speech.wav")
+    shutil.copy(media("ref_image.png"), "portrait.png")
+    shutil.copy(media("speech.wav"), "speech.wav")
 
 
 @pytest.mark.parametrize("material", [drawn_material, real_material])
