@@ -64,6 +64,16 @@ class Recipe:
         factory: registry.Factory = registry.load(reference)
         return factory
 
+    def build_stack(self, name: str, *composed: object) -> dict[str, Any]:
+        """Build the entries of a stack in the recipe's order, by their names."""
+        table, checked = self.schema.stacks[name].table(), getattr(self.checked, name)
+        built = {}
+        for entry in self.values[name]:
+            factory, options = registry.load(table[entry]), getattr(checked, entry)
+            values = {key: getattr(options, key) for key in registry.options(factory)}
+            built[entry] = registry.build(factory, values, *composed)
+        return built
+
     def build(self, section: str, *composed: object) -> Any:
         """Build what a section names, from its keys and what the caller hands in."""
         factory, checked = self.factory(section), getattr(self.checked, section)
@@ -89,6 +99,7 @@ def read(path: str | Path, overrides: Sequence[str], schema: Schema) -> Recipe:
     problems = list(document.problems)
     values = _resolve(document.values, (), document, problems)
     types = _choose_types(values, schema, document, problems)
+    types |= _choose_entries(values, schema, document, problems)
     checked = _check(recipe_model(schema, types), values, document, problems)
     if problems or checked is None:
         raise InputError("\n".join(dict.fromkeys(problems)))
@@ -96,6 +107,10 @@ def read(path: str | Path, overrides: Sequence[str], schema: Schema) -> Recipe:
         name: _portable(value)
         for name, value in checked.model_dump(mode="json").items()
         if value is not None or name not in schema.sections
+    }
+    # The model has its own order; what is applied first is told by the recipe's.
+    dumped |= {
+        name: {entry: dumped[name][entry] for entry in types[name]} for name in schema.stacks
     }
     return Recipe(found, dumped, schema, checked)
 
@@ -179,6 +194,28 @@ def _choose_types(
             else:
                 problems.append(_wrong_type(name, chosen, section, document))
     return types
+
+
+def _choose_entries(
+    values: dict[str, Any], schema: Schema, document: Document, problems: list[str]
+) -> dict[str, tuple[str, ...]]:
+    """Name the entries of each stack; one that is null is left out, which undoes `extends`."""
+    entries: dict[str, tuple[str, ...]] = {}
+    for name, stack in schema.stacks.items():
+        given = values.get(name) or {}
+        if not isinstance(given, dict):
+            where = document.place((name,))
+            problems.append(f"{where}: {name}: {json.dumps(given)}; should be names with options")
+            given = {}
+        table, kept = stack.table() if given else {}, {}
+        for entry, options in given.items():
+            if options is not None and entry not in table:
+                place = document.place((name, entry))
+                problems.append(f"{place}: {name}: unknown '{entry}'{did_you_mean(entry, table)}")
+            elif options is not None:
+                kept[entry] = options
+        values[name], entries[name] = kept, tuple(kept)
+    return entries
 
 
 def _wrong_type(name: str, chosen: object, section: Section, document: Document) -> str:

@@ -1,7 +1,7 @@
 """What a recipe may hold: sections, fields, and the pydantic models made from signatures."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -36,6 +36,17 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A section of several entries, each used at most once, in the order they are written in.
+
+    Attributes:
+        table: gives name to `module:Name` of all that there are; only what is named is imported.
+    """
+
+    table: Callable[[], Mapping[str, str]]
+
+
+@dataclass(frozen=True)
 class Schema:
     """What the recipe of one command may hold.
 
@@ -43,16 +54,19 @@ class Schema:
         title: name of the command.
         fields: plain fields, name to (annotation, default); `...` is required.
         sections: the sections by name.
+        stacks: sections of several entries, by name; a recipe may leave them out.
     """
 
     title: str
     fields: Mapping[str, tuple[Any, Any]]
     sections: Mapping[str, Section]
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
 
 def json_schema(schema: Schema) -> dict[str, Any]:
     """Describe all that a recipe may hold as a JSON schema, for editors."""
     types = {name: tuple(section.table) for name, section in schema.sections.items()}
+    types |= {name: tuple(stack.table()) for name, stack in schema.stacks.items()}
     model = recipe_model(schema, types)
     described = model.model_json_schema()
     described["properties"]["extends"] = {"type": "string", "description": "the recipe below"}
@@ -60,7 +74,7 @@ def json_schema(schema: Schema) -> dict[str, Any]:
 
 
 def recipe_model(schema: Schema, types: Mapping[str, Sequence[str]]) -> type[BaseModel]:
-    """Make the model of a recipe that uses some of the types of each section."""
+    """Make the model of a recipe that uses some of the types of each section and stack."""
     members: dict[str, Any] = dict(schema.fields)
     for name, section in schema.sections.items():
         models = [
@@ -74,17 +88,45 @@ def recipe_model(schema: Schema, types: Mapping[str, Sequence[str]]) -> type[Bas
             annotation = Annotated[Union[tuple(models)], Field(discriminator="type")]  # noqa: UP007
         is_optional = not models or not section.required or section.default is not None
         members[name] = (annotation | None, None) if is_optional else (annotation, ...)
+    for name, stack in schema.stacks.items():
+        members[name] = (
+            _stack_model(name, stack.table(), types[name]),
+            Field(default_factory=dict),
+        )
     return create_model(schema.title, __config__=_STRICT, **members)
+
+
+def _stack_model(name: str, table: Mapping[str, str], entries: Sequence[str]) -> type[BaseModel]:
+    members: dict[str, Any] = {
+        entry: (_entry_model(table[entry], entry) | None, None) for entry in entries
+    }
+    return create_model(name, __config__=_STRICT, **members)
+
+
+@cache
+def _entry_model(reference: str, entry: str) -> type[BaseModel]:
+    """Make the model of an entry of a stack: the keys are its options."""
+    factory = registry.load(reference)
+    return create_model(entry, __config__=_STRICT, __doc__=factory.__doc__, **_options(factory))
 
 
 @cache
 def _section_model(reference: str, entry: str, *, has_default: bool) -> type[BaseModel]:
     factory = registry.load(reference)
-    members: dict[str, Any] = {"type": (Literal[entry], entry if has_default else ...)}
-    for name, parameter in registry.options(factory).items():
-        default = ... if parameter.default is parameter.empty else parameter.default
-        members[name] = (parameter.annotation, default)
+    kind: Any = (Literal[entry], entry if has_default else ...)
+    members = {"type": kind, **_options(factory)}
     return create_model(entry, __config__=_STRICT, __doc__=factory.__doc__, **members)
+
+
+def _options(factory: registry.Factory) -> dict[str, Any]:
+    """Give the members that a factory's keyword-only parameters make of a model."""
+    return {
+        name: (
+            parameter.annotation,
+            ... if parameter.default is parameter.empty else parameter.default,
+        )
+        for name, parameter in registry.options(factory).items()
+    }
 
 
 def _existing_file(text: str) -> str:
