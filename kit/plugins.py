@@ -16,13 +16,18 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kit.errors import InputError, did_you_mean
 from kit.shipped import shipped
 
+if TYPE_CHECKING:
+    from kit.sampling.plugin import Plugin
+
 GROUP = "kit.plugins"
 PATH_VARIABLE = "KIT_PLUGIN_PATH"
+NOT_PLUGINS = ("_", "test_", "conftest")
+"""How names of modules begin that lie beside plugins and are none."""
 
 
 def folders() -> list[Path]:
@@ -68,11 +73,12 @@ def available() -> dict[str, Found]:
     return dict(sorted(plugins.items()))
 
 
-def load(name: str) -> Any:
-    """Import a plugin and return what its module calls `plugin`.
+def load(name: str) -> "type[Plugin]":
+    """Import a plugin and return the class that its module calls `plugin`.
 
     Raises:
-        InputError: there is no such plugin, or it cannot be imported.
+        InputError: there is no such plugin, it cannot be imported, or it has hooks that do not
+            exist.
     """
     plugins = available()
     if name not in plugins:
@@ -84,11 +90,37 @@ def load(name: str) -> Any:
         raise InputError(
             f"plugin '{name}' ({found.origin}) cannot be imported: {type(error).__name__}: {error}"
         ) from error
+    # Listing plugins needs no torch, and so does not need this.
+    from kit.sampling.plugin import mistakes
+
     if not hasattr(module, "plugin"):
         near = difflib.get_close_matches("plugin", vars(module), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise InputError(f"plugin '{name}' ({found.origin}) defines no `plugin`{hint}")
-    return module.plugin
+    wrong = mistakes(module.plugin)
+    if wrong:
+        raise InputError(f"plugin '{name}' ({found.origin}): " + "\n".join(wrong))
+    kind: type[Plugin] = module.plugin
+    return kind
+
+
+def trainings(what: str) -> dict[str, str]:
+    """Name what plugins bring to `kit pretrain`, by plugin, without importing any.
+
+    A package with a module `training` has a task and its data: what that module calls `task` and
+    `data`.
+
+    Args:
+        what: which of the two.
+
+    Returns:
+        Plugin to `module:Name`.
+    """
+    return {
+        name: f"{found.module}.training:{what}"
+        for name, found in available().items()
+        if found.origin.stem == "__init__" and found.origin.with_name("training.py").is_file()
+    }
 
 
 def _in_folders() -> Iterator[Found]:
@@ -96,7 +128,7 @@ def _in_folders() -> Iterator[Found]:
         if not folder.is_dir():
             raise InputError(f"{PATH_VARIABLE}: '{folder}' is not a folder")
         for module in pkgutil.iter_modules([str(folder)]):
-            if not module.name.startswith("_"):
+            if not module.name.startswith(NOT_PLUGINS):
                 file = folder / module.name / "__init__.py"
                 origin = file if module.ispkg else folder / f"{module.name}.py"
                 yield Found(module.name, f"{__name__}.{module.name}", origin, _summary(origin))
@@ -104,13 +136,13 @@ def _in_folders() -> Iterator[Found]:
 
 def _in_distributions() -> Iterator[Found]:
     for entry in entry_points(group=GROUP):
-        origin = _find_source(entry.module)
+        origin = find_source(entry.module)
         if origin is None:
             raise InputError(f"plugin '{entry.name}' names '{entry.module}', which does not exist")
         yield Found(entry.name, entry.module, origin, _summary(origin))
 
 
-def _find_source(module: str) -> Path | None:
+def find_source(module: str) -> Path | None:
     """Find a module's file without importing the packages around it."""
     top, *inner = module.split(".")
     spec = importlib.util.find_spec(top)
@@ -126,4 +158,6 @@ def _summary(file: Path) -> str:
         docstring = ast.get_docstring(ast.parse(file.read_bytes()))
     except SyntaxError as error:
         return f"cannot be read: line {error.lineno}: {error.msg}"
+    except ValueError as error:
+        return f"cannot be read: {error}"
     return docstring.splitlines()[0] if docstring else ""

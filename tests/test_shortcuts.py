@@ -17,7 +17,8 @@ from kit.guidance import pad_text
 from kit.models.attention import KeysValues, attend, padding_bias, rotate, rotation
 from kit.models.base import Encoders
 from kit.models.cpu import QUERIES_AT_ONCE, OneDnnProducts, fast_products, mixed_by_head
-from kit.models.wan import Wan, by_pieces
+from kit.models.tokens import by_pieces
+from kit.models.wan import Wan
 from kit.reference import Unchanged, first_frame_mask, followed_by_grey
 from kit.sampling.frames import StillSource, to_pictures
 from kit.sampling.pipeline import TalkSampler, no_progress

@@ -14,9 +14,12 @@ from torch import Tensor
 from kit.batch import Conditions
 from kit.draws import draw_normal
 from kit.errors import InputError
+from kit.models.attention import grid_rotation
 from kit.models.audio import AudioSizes
+from kit.models.inside import UNTOUCHED
 from kit.models.memory import afresh
-from kit.models.wan import Wan, embed_time, predict, unpatchify
+from kit.models.tokens import unpatchify
+from kit.models.wan import Wan, embed_time, predict
 
 controllers = importlib.import_module("kit.plugins.uni3c.controller")
 weights = importlib.import_module("kit.plugins.uni3c.weights")
@@ -170,7 +173,8 @@ def predict_with(wan: Wan, given: dict[str, Tensor], control: Any) -> Tensor:
         speaker_masks=torch.ones(1, 1, 6, 8),
     )
     time, modulation = embed_time(net.condition_embedder, sigma)
-    context = wan._context(conditions, modulation, grid, afresh)
+    rotation = grid_rotation(grid, net.config.attention_head_dim, CPU)
+    context = wan._context(conditions, modulation, rotation, UNTOUCHED, afresh)
     x = net.patch_embedding(given["hidden"]).flatten(2).transpose(1, 2)
     for number, block in enumerate(net.blocks):
         x = control.after(number, block(x, context))

@@ -3,6 +3,7 @@
 K audio tokens for each latent frame and speaker, n video tokens in a latent frame, N = F * n.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,13 +97,20 @@ class AudioCrossAttention(nn.Module):
         self.kv_linear = nn.Linear(audio_dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, heard: KeysValues, positions: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        heard: KeysValues,
+        positions: Tensor | None,
+        attend: Callable[[Tensor, KeysValues], Tensor],
+    ) -> Tensor:
         """Attend within each latent frame.
 
         Args:
             x: video tokens. [B, N, D]
             heard: audio tokens of each frame, from `keys_values`. [B * F, S * K, h, d]
             positions: of the video tokens, continuous; None if all samples have one speaker. [B, N]
+            attend: mixes values.
         """
         query = split_heads(self.q_linear(x), self.num_heads)  # [B, N, h, d]
         if positions is not None:

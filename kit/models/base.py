@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.batch import Conditions
+from kit.models.inside import UNTOUCHED, Inside
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,16 @@ class Denoiser(nn.Module, ABC):
     """A network that predicts velocity from noisy latents: the seat of every base's DiT."""
 
     @abstractmethod
-    def forward(self, noisy: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+    def forward(
+        self, noisy: Tensor, sigma: Tensor, conditions: Conditions, inside: Inside = UNTOUCHED
+    ) -> Tensor:
         """Predict noise - latents.
 
         Args:
             noisy: latents mixed with noise. [B, C, F, H, W]
             sigma: noise level of each video, 0 to 1; its embedding is 1000 * sigma. [B]
             conditions: everything else.
+            inside: looks on between the blocks, and may change what happens there.
 
         Returns:
             Velocity in float32. [B, C, F, H, W]

@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from kit.batch import Conditions
 from kit.models.attention import (
     KeysValues,
-    attend,
     frequencies,
     grid_rotation,
     padding_bias,
@@ -39,7 +38,16 @@ from kit.models.audio import (
 )
 from kit.models.base import Denoiser
 from kit.models.cpu import fast_products
+from kit.models.inside import UNTOUCHED, Entry, Inside, Layer
 from kit.models.memory import Memory, Once, afresh
+from kit.models.tokens import (
+    add_gated,
+    by_pieces,
+    linear_float32,
+    modulate,
+    normalize,
+    unpatchify,
+)
 
 SELF_ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 CROSS_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
@@ -76,6 +84,9 @@ class Context(NamedTuple):
         audio: audio tokens. [B, S, F, K', D']
         speakers: None if every sample has a single speaker.
         once: computes keys and values, which depend on nothing but the tokens above.
+        block: number of the block.
+        inside: may change what is attended to.
+        embed_text: gives text tokens of other states, for `inside`.
     """
 
     modulation: Tensor
@@ -85,6 +96,15 @@ class Context(NamedTuple):
     audio: Tensor
     speakers: Speakers | None
     once: Once
+    block: int
+    inside: Inside
+    embed_text: Callable[[Tensor], Text]
+
+    def attend(
+        self, kind: str, read: Callable[[Tensor], KeysValues] | None = None
+    ) -> Callable[[Tensor, KeysValues], Tensor]:
+        """Give the attention of one kind of layer in this block."""
+        return partial(self.inside.attend, Layer(kind, self.block, read))
 
 
 class Block(nn.Module):
@@ -115,7 +135,7 @@ class Block(nn.Module):
         heard = context.once(self.audio_cross_attn.keys_values, context.audio, context.speakers)
 
         def read(some: Tensor) -> Tensor:
-            return some + cross_attention(self.attn2, self.norm2(some), text, image)
+            return some + cross_attention(self.attn2, self.norm2(some), text, image, context)
 
         def think(some: Tensor) -> Tensor:
             changed = self.ffn(modulate(self.norm3, some, ffn_shift, ffn_scale))
@@ -123,7 +143,7 @@ class Block(nn.Module):
 
         seen, positions = self_attention(self.attn1, modulate(self.norm1, x, shift, scale), context)
         x = by_pieces(read, add_gated(x, seen, gate))
-        x = x + self.audio_cross_attn(self.norm_x(x), heard, positions)
+        x = x + self.audio_cross_attn(self.norm_x(x), heard, positions, context.attend("audio"))
         return by_pieces(think, x)
 
 
@@ -152,7 +172,12 @@ class Wan(Denoiser):
         self.audio_proj = AudioProjector(audio)
 
     def forward(
-        self, noisy: Tensor, sigma: Tensor, conditions: Conditions, once: Once = afresh
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        inside: Inside = UNTOUCHED,
+        once: Once = afresh,
     ) -> Tensor:
         """Predict the velocity; see `Denoiser.forward`.
 
@@ -160,10 +185,11 @@ class Wan(Denoiser):
             noisy: as there.
             sigma: as there.
             conditions: as there.
+            inside: as there.
             once: computes what depends on nothing but them.
         """
         with fast_products(noisy.device):
-            return self._predict(noisy, sigma, conditions, once)
+            return self._predict(noisy, sigma, conditions, inside, once)
 
     def remembering(self) -> "partial[Tensor]":
         """Give this network with a memory of what it computed from the same conditions.
@@ -174,32 +200,47 @@ class Wan(Denoiser):
         """
         return partial(self, once=Memory())
 
-    def _predict(self, noisy: Tensor, sigma: Tensor, conditions: Conditions, once: Once) -> Tensor:
+    def _predict(
+        self, noisy: Tensor, sigma: Tensor, conditions: Conditions, inside: Inside, once: Once
+    ) -> Tensor:
         net = self.transformer
         num_frames, height, width = noisy.shape[2:]
         mask = conditions.reference_mask[..., None, None].expand(-1, -1, -1, height, width)
-        channels = torch.cat([noisy, mask, conditions.reference], dim=1)  # [B, 36, F, H, W]
-        x = net.patch_embedding(channels.to(self._dtype)).flatten(2).transpose(1, 2)  # [B, N, D]
+        marked = torch.cat([noisy, mask], dim=1)  # [B, 20, F, H, W]
+        channels = torch.cat([marked, conditions.reference], dim=1).to(self._dtype)
+        x = net.patch_embedding(channels).flatten(2).transpose(1, 2)  # [B, N, D]
         time, modulation = embed_time(net.condition_embedder, sigma)
         grid = (num_frames, height // 2, width // 2)
-        context = self._context(conditions, modulation, grid, once)
-        for block in net.blocks:
-            x = block(x, context)
-        return unpatchify(predict(net, x, time), grid)
+        rotation = grid_rotation(grid, net.config.attention_head_dim, modulation.device)
+        entry = Entry(marked, time, modulation, grid, len(net.blocks))
+        x, rotation = inside.enter(x, rotation, entry)
+        context = self._context(conditions, modulation, rotation, inside, once)
+        blocks = [
+            partial(block, context=context._replace(block=number))
+            for number, block in enumerate(net.blocks)
+        ]
+        return unpatchify(predict(net, inside.run(blocks, x), time), grid)
 
     def _context(
-        self, conditions: Conditions, modulation: Tensor, grid: tuple[int, int, int], once: Once
+        self,
+        conditions: Conditions,
+        modulation: Tensor,
+        rotation: Tensor,
+        inside: Inside,
+        once: Once,
     ) -> Context:
-        head_dim = self.transformer.config.attention_head_dim
         masks, counts = conditions.speaker_masks, conditions.num_speakers
         return Context(
             modulation=modulation,
-            rotation=grid_rotation(grid, head_dim, modulation.device),
+            rotation=rotation,
             text=once(self._embed_text, conditions.text),
             image=once(self._embed_image, conditions.image),
             audio=once(self._embed_audio, conditions.audio, counts),
             speakers=once(self._find_speakers, masks, counts),
             once=once,
+            block=0,
+            inside=inside,
+            embed_text=partial(once, self._embed_text),
         )
 
     @property
@@ -291,16 +332,23 @@ def look_around(
     positions = None
     if context.speakers is not None:
         positions = speaker_positions(query, key, context.speakers)
-    return attend(query, KeysValues(key, value)), positions
+    return context.attend("self")(query, KeysValues(key, value)), positions
 
 
 def cross_attention(
-    attention: WanAttention, x: Tensor, text: KeysValues, image: KeysValues
+    attention: WanAttention, x: Tensor, text: KeysValues, image: KeysValues, context: Context
 ) -> Tensor:
     """Attend to text and to image tokens with one query, and sum before the output projection."""
     query = split_heads(normalize(attention.norm_q, attention.to_q(x)), attention.heads)
-    projected: Tensor = attention.to_out[0](attend(query, text) + attend(query, image))
+    attend_text = context.attend("text", partial(read_text, attention, context))
+    mixed = attend_text(query, text) + context.attend("image")(query, image)
+    projected: Tensor = attention.to_out[0](mixed)
     return projected
+
+
+def read_text(attention: WanAttention, context: Context, text: Tensor) -> KeysValues:
+    """Find what can be read in other text, such as one to lead away from. [B, L, D']"""
+    return context.once(text_keys_values, attention, context.embed_text(text))
 
 
 def text_keys_values(attention: WanAttention, text: Text) -> KeysValues:
@@ -314,36 +362,6 @@ def image_keys_values(attention: WanAttention, image: Tensor) -> KeysValues:
     to_key, to_value = cast(nn.Module, attention.add_k_proj), cast(nn.Module, attention.add_v_proj)
     key = split_heads(normalize(attention.norm_added_k, to_key(image)), attention.heads)
     return KeysValues(key, split_heads(to_value(image), attention.heads))
-
-
-def by_pieces(update: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Update tokens that do not see each other, without gradients a quarter of them at a time.
-
-    What is needed on the way, such as the wide layer inside a feed-forward layer, is then no larger
-    than the tokens themselves. [B, N, D]
-    """
-    if torch.is_grad_enabled():
-        return update(x)
-    updated = torch.empty_like(x)
-    for some, target in zip(x.chunk(4, dim=1), updated.chunk(4, dim=1), strict=True):
-        target.copy_(update(some))
-    return updated
-
-
-def normalize(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """Divide by the root mean square in float32, round to the input's dtype, then scale."""
-    return (F.rms_norm(x.float(), x.shape[-1:], eps=norm.eps).to(x.dtype) * norm.weight).to(x.dtype)
-
-
-def modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalise, round to the input's dtype, then scale and shift in float32. [B, N, D]"""
-    normed = F.layer_norm(x, norm.normalized_shape, eps=norm.eps).to(x.dtype)
-    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
-
-
-def add_gated(x: Tensor, change: Tensor, gate: Tensor) -> Tensor:
-    """Add in float32. [B, N, D]"""
-    return torch.addcmul(x, change, gate).to(x.dtype)
 
 
 def embed_time(embedder: WanTimeTextImageEmbedding, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -364,15 +382,3 @@ def predict(net: WanTransformer3DModel, x: Tensor, time: Tensor) -> Tensor:
     """Turn video tokens [B, N, D] into patches of velocity [B, N, 4 * C], in float32."""
     shift, scale = (net.scale_shift_table.float() + time[:, None]).chunk(2, dim=1)
     return linear_float32(net.proj_out, net.norm_out(x).float() * (1 + scale) + shift)
-
-
-def linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a layer in float32, outside of autocast."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), layer.weight.float(), layer.bias.float())
-
-
-def unpatchify(patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Lay out patches of 2x2 positions, channels last in each, as a video [B, C, F, H, W]."""
-    cells = patches.reshape(len(patches), *grid, 2, 2, -1)  # [B, F, h, w, 2, 2, C]
-    return cells.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)

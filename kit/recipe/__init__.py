@@ -12,4 +12,5 @@ from kit.recipe.schema import ExistingFile as ExistingFile
 from kit.recipe.schema import ExistingFolder as ExistingFolder
 from kit.recipe.schema import Schema as Schema
 from kit.recipe.schema import Section as Section
+from kit.recipe.schema import Stack as Stack
 from kit.recipe.schema import json_schema as json_schema

@@ -65,11 +65,11 @@ class Recipe:
         return factory
 
     def build_stack(self, name: str, *composed: object) -> dict[str, Any]:
-        """Build the entries of a stack in the recipe's order, by their names."""
-        table, checked = self.schema.stacks[name].table(), getattr(self.checked, name)
+        """Build the entries of a stack in the recipe's order, by their names; {} if left out."""
+        load, checked = self.schema.stacks[name].load, getattr(self.checked, name)
         built = {}
-        for entry in self.values[name]:
-            factory, options = registry.load(table[entry]), getattr(checked, entry)
+        for entry in self.values.get(name, {}):
+            factory, options = load(entry), getattr(checked, entry)
             values = {key: getattr(options, key) for key in registry.options(factory)}
             built[entry] = registry.build(factory, values, *composed)
         return built
@@ -109,9 +109,10 @@ def read(path: str | Path, overrides: Sequence[str], schema: Schema) -> Recipe:
         if value is not None or name not in schema.sections
     }
     # The model has its own order; what is applied first is told by the recipe's.
-    dumped |= {
-        name: {entry: dumped[name][entry] for entry in types[name]} for name in schema.stacks
-    }
+    for name in schema.stacks:
+        entries = dumped.pop(name)
+        if entries:
+            dumped[name] = {entry: entries[entry] for entry in types[name]}
     return Recipe(found, dumped, schema, checked)
 
 
@@ -207,11 +208,11 @@ def _choose_entries(
             where = document.place((name,))
             problems.append(f"{where}: {name}: {json.dumps(given)}; should be names with options")
             given = {}
-        table, kept = stack.table() if given else {}, {}
+        valid, kept = stack.names() if given else (), {}
         for entry, options in given.items():
-            if options is not None and entry not in table:
+            if options is not None and entry not in valid:
                 place = document.place((name, entry))
-                problems.append(f"{place}: {name}: unknown '{entry}'{did_you_mean(entry, table)}")
+                problems.append(f"{place}: {name}: unknown '{entry}'{did_you_mean(entry, valid)}")
             elif options is not None:
                 kept[entry] = options
         values[name], entries[name] = kept, tuple(kept)

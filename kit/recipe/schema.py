@@ -1,6 +1,6 @@
 """What a recipe may hold: sections, fields, and the pydantic models made from signatures."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,15 +24,20 @@ class Section:
     """One section of a recipe: a choice from a table.
 
     Attributes:
-        table: name to `module:Name`.
+        entries: name to `module:Name`; or what gives them, where plugins add some.
         required: False where a recipe may leave the section out.
         default: the `type` of a section that does not name one; a required section with a
             default may be left out if all its keys have defaults.
     """
 
-    table: Mapping[str, str]
+    entries: Mapping[str, str] | Callable[[], Mapping[str, str]]
     required: bool = True
     default: str | None = None
+
+    @property
+    def table(self) -> Mapping[str, str]:
+        """Name to `module:Name`."""
+        return self.entries() if callable(self.entries) else self.entries
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,12 @@ class Stack:
     """A section of several entries, each used at most once, in the order they are written in.
 
     Attributes:
-        table: gives name to `module:Name` of all that there are; only what is named is imported.
+        names: lists all that there are.
+        load: imports one, when a recipe names it.
     """
 
-    table: Callable[[], Mapping[str, str]]
+    names: Callable[[], Collection[str]]
+    load: Callable[[str], registry.Factory]
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Schema:
 def json_schema(schema: Schema) -> dict[str, Any]:
     """Describe all that a recipe may hold as a JSON schema, for editors."""
     types = {name: tuple(section.table) for name, section in schema.sections.items()}
-    types |= {name: tuple(stack.table()) for name, stack in schema.stacks.items()}
+    types |= {name: tuple(stack.names()) for name, stack in schema.stacks.items()}
     model = recipe_model(schema, types)
     described = model.model_json_schema()
     described["properties"]["extends"] = {"type": "string", "description": "the recipe below"}
@@ -89,25 +96,19 @@ def recipe_model(schema: Schema, types: Mapping[str, Sequence[str]]) -> type[Bas
         is_optional = not models or not section.required or section.default is not None
         members[name] = (annotation | None, None) if is_optional else (annotation, ...)
     for name, stack in schema.stacks.items():
-        members[name] = (
-            _stack_model(name, stack.table(), types[name]),
-            Field(default_factory=dict),
-        )
+        model = _stack_model(name, {entry: stack.load(entry) for entry in types[name]})
+        members[name] = (model, Field(default_factory=dict))
     return create_model(schema.title, __config__=_STRICT, **members)
 
 
-def _stack_model(name: str, table: Mapping[str, str], entries: Sequence[str]) -> type[BaseModel]:
-    members: dict[str, Any] = {
-        entry: (_entry_model(table[entry], entry) | None, None) for entry in entries
-    }
+def _stack_model(name: str, entries: Mapping[str, registry.Factory]) -> type[BaseModel]:
+    """Make the model of a stack: for each entry, its options."""
+    members: dict[str, Any] = {}
+    for entry, factory in entries.items():
+        document, options = factory.__doc__, _options(factory)
+        model = create_model(entry, __config__=_STRICT, __doc__=document, **options)
+        members[entry] = (model | None, None)
     return create_model(name, __config__=_STRICT, **members)
-
-
-@cache
-def _entry_model(reference: str, entry: str) -> type[BaseModel]:
-    """Make the model of an entry of a stack: the keys are its options."""
-    factory = registry.load(reference)
-    return create_model(entry, __config__=_STRICT, __doc__=factory.__doc__, **_options(factory))
 
 
 @cache

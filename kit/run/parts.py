@@ -15,6 +15,7 @@ from kit.models.base import Base, Geometry
 from kit.models.low_bits import FORMS
 from kit.objectives.base import Objective
 from kit.recipe import Recipe
+from kit.run.plugins import build_sampler, require_plugins
 from kit.run.scenes import build_measure, load_portrait
 from kit.sampling.pipeline import TalkSampler
 from kit.training.dropout import ConditionDropout
@@ -56,7 +57,7 @@ def build_fit(recipe: Recipe) -> FitParts:
         data=data,
         optimizer=recipe.build("optimizer"),
         training=recipe.build("trainer"),
-        sampler=recipe.build("sampling"),
+        sampler=build_sampler(recipe),
         preview=recipe.build("preview") if "preview" in recipe else None,
     )
     problems += parts.sampler.problems(base.geometry.frame_stride)
@@ -78,7 +79,12 @@ def build_fit(recipe: Recipe) -> FitParts:
         )
     if parts.training.device == "cuda" and not torch.cuda.is_available():
         problems.append("trainer.device: there is no CUDA device here; take auto or cpu")
+    if parts.sampler.hooks.plugins and parts.preview is None:
+        problems.append("plugins: only previews use them, and there is no section `preview`")
     _refuse(problems)
+    if parts.preview is not None:
+        _, size = load_portrait(Path(parts.preview.image), recipe["buckets"])
+        require_plugins(recipe, base, parts.sampler, size, has_reference=True)
     _refuse(parts.adapter.problems(base.empty_denoiser()))
     return parts
 

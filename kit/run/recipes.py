@@ -8,13 +8,14 @@ from pydantic import Field
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from kit import plugins
 from kit.adapters import ADAPTERS
 from kit.errors import InputError
 from kit.metrics import MEASURES
 from kit.models import BASES
 from kit.objectives import OBJECTIVES
 from kit.pretraining import TASKS
-from kit.recipe import ExistingFile, Recipe, Schema, Section, find_recipe, read
+from kit.recipe import ExistingFile, Recipe, Schema, Section, Stack, find_recipe, read
 from kit.run.request import SpeakerEntry, Turns
 from kit.sampling import SAMPLERS
 from kit.training import DROPOUTS, OPTIMIZERS, PREVIEWS, TRAINERS
@@ -22,6 +23,9 @@ from kit.training import DROPOUTS, OPTIMIZERS, PREVIEWS, TRAINERS
 Seed = Annotated[int, Field(ge=0)]
 Device = Literal["auto", "cpu", "cuda"]
 Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
+
+DATA = {"shards": "kit.data.module:ShardData"}
+PLUGINS = {"plugins": Stack(plugins.available, plugins.load)}
 
 _COMMON = {
     "name": (Name, ...),
@@ -37,13 +41,14 @@ FIT = Schema(
         "adapter": Section(ADAPTERS),
         "objective": Section(OBJECTIVES, default="flow_matching"),
         "dropout": Section(DROPOUTS, default="conditions"),
-        "data": Section({"shards": "kit.data.module:ShardData"}, default="shards"),
+        "data": Section(DATA, default="shards"),
         "optimizer": Section(OPTIMIZERS, default="adamw"),
         "trainer": Section(TRAINERS, default="lightning"),
         "sampling": Section(SAMPLERS, default="talk"),
         "preview": Section(PREVIEWS, required=False, default="talk"),
         "measure": Section(MEASURES, required=False, default="talk"),
     },
+    stacks=PLUGINS,
 )
 
 SAMPLE = Schema(
@@ -67,14 +72,15 @@ SAMPLE = Schema(
         "sampling": Section(SAMPLERS, default="talk"),
         "measure": Section(MEASURES, required=False, default="talk"),
     },
+    stacks=PLUGINS,
 )
 
 PRETRAIN = Schema(
     title="pretrain",
     fields={"name": (Name, ...), "seed": (Seed, 42), "into": (str, ...)},
     sections={
-        "task": Section(TASKS),
-        "data": Section({"shards": "kit.data.module:ShardData"}, default="shards"),
+        "task": Section(lambda: {**TASKS, **plugins.trainings("task")}),
+        "data": Section(lambda: {**DATA, **plugins.trainings("data")}, default="shards"),
         "optimizer": Section(OPTIMIZERS, default="adamw"),
         "trainer": Section(TRAINERS, default="lightning"),
     },

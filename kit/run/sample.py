@@ -23,6 +23,7 @@ from kit.models.base import Base, Denoiser, Geometry
 from kit.recipe import Recipe
 from kit.run.bases import adapter_files
 from kit.run.parts import quantisation_problems
+from kit.run.plugins import build_sampler, plugin_files, require_plugins
 from kit.run.recipes import SAMPLE, read_as
 from kit.run.request import Request, load_tracks, place_speakers, read_request
 from kit.run.scenes import Size, build_measure, load_portrait, no_reference, open_video
@@ -80,7 +81,7 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
         InputError: lists all that is missing or does not go together.
     """
     base: Base = recipe.build("base")
-    sampler: TalkSampler = recipe.build("sampling")
+    sampler = build_sampler(recipe)
     problems = [*base.problems(), *sampler.problems(base.geometry.frame_stride)]
     problems += _input_problems(recipe, base.geometry) + _output_problems(recipe)
     if sampler.continuity != "source" and recipe["size"] is not None:
@@ -90,6 +91,8 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
         )
     if problems:
         raise InputError("\n".join(problems))
+    size, has_reference = _shape(recipe, base.geometry.fps)
+    require_plugins(recipe, base, sampler, size, has_reference=has_reference)
     if recipe["adapter"] is not None:
         tensors, info = load_adapter(Path(recipe["adapter"]))
         require_fit(base.empty_denoiser(), tensors, info.kind)
@@ -98,6 +101,13 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
         if unfit:
             raise InputError("\n".join(unfit))
     return base, sampler
+
+
+def _shape(recipe: Recipe, fps: int) -> tuple[Size, bool]:
+    """Tell the size of the video, and whether it has a reference."""
+    request = read_request(recipe)
+    _, size = _load_source(request, recipe["buckets"], fps)
+    return size, request.size is None
 
 
 def _input_problems(recipe: Recipe, base: Geometry) -> list[str]:
@@ -137,7 +147,7 @@ def _output_problems(recipe: Recipe) -> list[str]:
 def _inputs(recipe: Recipe) -> list[Path]:
     """List the files that decide what the video shows."""
     named = [Path(recipe[key]) for key in ("adapter", "job") if recipe[key] is not None]
-    named += adapter_files(recipe)
+    named += [*adapter_files(recipe), *plugin_files(recipe)]
     with suppress(InputError):
         named += read_request(recipe).files()
     return named

@@ -1,6 +1,8 @@
 """Between pictures as files hold them and pixels as the encoders see them."""
 
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch import Tensor
 from kit.data.buckets import fit
 from kit.data.encode import to_video
 from kit.data.media import iter_frames
+from kit.sampling.scene import Source
 
 
 def to_pixels(picture: np.ndarray) -> Tensor:
@@ -38,6 +41,10 @@ class StillSource:
         """Give the portrait, -1 to 1. [3, height, width]."""
         return self._pixels
 
+    def again(self) -> "StillSource":
+        """Give the same, which has no beginning."""
+        return self
+
 
 class VideoSource:
     """A source video, read forward once; only one frame is held.
@@ -50,7 +57,7 @@ class VideoSource:
 
     def __init__(self, path: Path, size: tuple[int, int], fps: int) -> None:
         self._frames: Iterator[np.ndarray] = iter_frames(path, fps)
-        self._size = size
+        self._path, self._size, self._fps = path, size, fps
         self._next = 0
         self._picture = np.zeros((0, 0, 3), np.uint8)
 
@@ -62,3 +69,31 @@ class VideoSource:
                 break
             self._picture, self._next = picture, self._next + 1
         return to_pixels(fit(self._picture, *self._size))
+
+    def again(self) -> "VideoSource":
+        """Open the video anew."""
+        return VideoSource(self._path, self._size, self._fps)
+
+
+class Clips:
+    """Windows of a source, each beginning behind the one before, perhaps within it.
+
+    Args:
+        source: asked for each frame once.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._held: deque[Tensor] = deque()
+        self._first = 0
+
+    def window(self, start: int, num_frames: int) -> Tensor:
+        """Give frames from `start` on, -1 to 1. [3, num_frames, height, width]"""
+        while self._held and self._first < start:
+            self._held.popleft()
+            self._first += 1
+        if not self._held:
+            self._first = start
+        for index in range(self._first + len(self._held), start + num_frames):
+            self._held.append(self._source.frame(index))
+        return torch.stack([*islice(self._held, num_frames)], dim=1)

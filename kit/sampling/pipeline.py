@@ -1,10 +1,10 @@
 """From a portrait or source video, text and speech to video frames, chunk by chunk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -19,12 +19,16 @@ from kit.models.base import Encoders
 from kit.sampling.chunks import Chunk, Progress, plan_chunks, show, speech_frames_needed
 from kit.sampling.color import match_color
 from kit.sampling.continuity import CONTINUITIES
+from kit.sampling.hooks import Hooks, InChunk
+from kit.sampling.plugin import Run
 from kit.sampling.scene import EncodedScene, Scene, chunk_conditions
 from kit.solvers import SOLVERS, sigma_schedule
 from kit.speech import mirror_end
 
-Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
-"""A denoiser: (noisy, sigma, conditions) -> velocity."""
+Predict = Callable[..., Tensor]
+"""A denoiser: (noisy, sigma, conditions) -> velocity; plugins also hand it `inside`."""
+
+NO_PLUGINS = Hooks()
 
 
 @runtime_checkable
@@ -35,6 +39,18 @@ class Remembering(Protocol):
         """Give it with a new memory, which lasts as long as what is given."""
 
 
+class Pass(NamedTuple):
+    """What the denoiser is asked at once.
+
+    Attributes:
+        branches: what its rows are.
+        conditions: of these rows.
+    """
+
+    branches: tuple[str, ...]
+    conditions: Conditions
+
+
 OnStep = Callable[[Chunk, int], None]
 """Told after each denoising step: the chunk and how many of its steps are done."""
 
@@ -43,6 +59,7 @@ class TalkSampler:
     """Samples talking video of any length with clean context frames between chunks.
 
     Args:
+        hooks: plugins that change what happens.
         steps: denoising steps of a chunk.
         shift: moves the steps towards noise; 7 at 480 p, 11 at 720 p.
         text_scale: guidance towards the text; 1 is off.
@@ -69,6 +86,7 @@ class TalkSampler:
 
     def __init__(
         self,
+        hooks: Hooks = NO_PLUGINS,
         *,
         steps: Annotated[int, Field(ge=1)] = 40,
         shift: Annotated[float, Field(gt=0)] = 7.0,
@@ -86,7 +104,9 @@ class TalkSampler:
         remember: bool = True,
         offload: bool = False,
     ) -> None:
-        self.sigmas = sigma_schedule(steps, shift)
+        self.hooks = hooks
+        self.own_sigmas = sigma_schedule(steps, shift)
+        self.sigmas = hooks.sigmas(self.own_sigmas)
         self.text_scale = text_scale
         self.audio_scale = audio_scale
         self.num_frames = num_frames
@@ -158,28 +178,34 @@ class TalkSampler:
         """
         encoded = self.encode(encoders, scene)
         chunks, color = self.plan(encoded.num_frames), scene.source.frame(0)
+        self.hooks.open(
+            Run(denoiser, encoders, scene, encoded, tuple(chunks), self.own_sigmas, seed)
+        )
         tail = waiting = None
         if progress is not None:
             chunks, tail, waiting = chunks[progress.next_chunk :], progress.tail, progress.waiting
         for chunk in chunks:
-            ends = CONTINUITIES[self.continuity](scene.source, chunk, tail)
+            hooks = self.hooks.chunk(chunk, self.sigmas)
+            ends = hooks.ends(CONTINUITIES[self.continuity](scene.source, chunk, tail), tail)
             conditions = chunk_conditions(encoders, encoded, chunk, *ends)
-            noise = _noise(conditions.reference, seed, chunk)
+            noise = hooks.noise(_noise(conditions.reference, seed, chunk))
             context = noise[:, :, :0]
             if tail is not None or scene.has_reference:
                 given = ends.first[:, None] if tail is None else tail
                 context = encoders.encode_video(given[None])  # [1, C, f, H, W]
             if not scene.has_reference:
                 conditions = drop_image(drop_reference(conditions))
+            conditions = hooks.conditions(conditions)
             with self._turn_of(denoiser, noise.device):
                 # Not named here, so that what it remembers is gone before decoding needs memory.
                 latents = self.denoise(
-                    self.guided(denoiser, conditions, encoded.null_text),
+                    self.guided(denoiser, conditions, encoded.null_text, hooks),
                     noise,
                     context,
                     partial(on_step, chunk),
+                    hooks,
                 )
-            pixels = encoders.decode_video(latents)[0]
+            pixels = hooks.pixels(encoders.decode_video(latents)[0])
             if scene.has_reference:
                 pixels = match_color(pixels, color.to(pixels), self.color_correction)
             fades = 0 if chunk is chunks[-1] else self.crossfade_frames
@@ -203,7 +229,11 @@ class TalkSampler:
         )
 
     def guided(
-        self, denoiser: Predict, conditions: Conditions, null_text: Tensor
+        self,
+        denoiser: Predict,
+        conditions: Conditions,
+        null_text: Tensor,
+        hooks: InChunk | None = None,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """Make (noisy, sigma) -> velocity under guidance.
 
@@ -211,28 +241,42 @@ class TalkSampler:
             denoiser: predicts velocity.
             conditions: all conditions present, batch of one.
             null_text: states of the negative text. [1, L, D]
+            hooks: plugins in this chunk; none if absent.
         """
-        device = conditions.reference.device
+        device, hooks = conditions.reference.device, hooks or self._no_hooks()
         asked = branches(
             conditions.to(device), null_text.to(device), self.text_scale, self.audio_scale
         )
-        # What branches share stays one and the same object, so that it is remembered once.
-        given = list(asked.values())
-        passes = [Conditions.cat(given)] if self.together else given
         combine, predict = GUIDANCES[self.guidance](), denoiser
         if self.remember and isinstance(denoiser, Remembering):
             predict = denoiser.remembering()
+        given: dict[str, Conditions] = {}
+        passes: list[Pass] = []
 
         def velocity(noisy: Tensor, sigma: Tensor) -> Tensor:
-            predicted: list[Tensor] = []
-            for conditions in passes:
-                count = len(conditions.text)
+            nonlocal given, passes
+            wanted, predicted = hooks.branches(dict(asked)), list[Tensor]()
+            # What steps share stays one and the same object, so that it is remembered once.
+            if [*wanted] != [*given] or any(given[name] is not wanted[name] for name in wanted):
+                given, passes = wanted, self._passes(wanted)
+            for names, conditions in passes:
+                count = len(names)
                 repeated = noisy.expand(count, *noisy.shape[1:])
-                predicted += torch.split(predict(repeated, sigma.expand(count), conditions), 1)
-            velocities = dict(zip(asked, predicted, strict=True))
-            return combine(velocities, self.text_scale, self.audio_scale)
+                rows = hooks.ask(predict, names)(repeated, sigma.expand(count), conditions)
+                predicted += torch.split(rows, 1)
+            velocities = dict(zip(given, predicted, strict=True))
+            return hooks.combine(velocities, self.text_scale, self.audio_scale, combine)
 
         return velocity
+
+    def _passes(self, given: Mapping[str, Conditions]) -> list[Pass]:
+        """Put branches together as they are asked: all at once, or one by one."""
+        if self.together:
+            return [Pass(tuple(given), Conditions.cat(list(given.values())))]
+        return [Pass((name,), conditions) for name, conditions in given.items()]
+
+    def _no_hooks(self) -> InChunk:
+        return NO_PLUGINS.chunk(self.plan(1)[0], self.sigmas)
 
     def _turn_of(self, denoiser: Predict, device: torch.device) -> AbstractContextManager[None]:
         """Let the denoiser have the device, if it must share it."""
@@ -246,6 +290,7 @@ class TalkSampler:
         noise: Tensor,
         context: Tensor,
         on_step: Callable[[int], None],
+        hooks: InChunk | None = None,
     ) -> Tensor:
         """Turn noise into latents, the context held clean at every level.
 
@@ -254,14 +299,17 @@ class TalkSampler:
             noise: standard normal. [1, C, F, H, W]
             context: clean leading latents. [1, C, f, H, W]
             on_step: told after each step how many are done.
+            hooks: plugins in this chunk; none if absent.
         """
+        hooks = hooks or self._no_hooks()
         num_context = torch.tensor([context.shape[2]], device=noise.device)
-        noisy = hold_context(noise, context, num_context)
+        noisy = hold_context(hooks.start(noise), context, num_context)
         levels = self.sigmas.to(noise.device)
-        for number, (sigma, next_sigma) in enumerate(pairwise(levels), start=1):
+        for number, (sigma, next_sigma) in enumerate(pairwise(levels)):
+            hooks.begin(number)
             noisy = self.step(noisy, velocity(noisy, sigma), sigma, next_sigma)
-            noisy = hold_context(noisy, context, num_context)
-            on_step(number)
+            noisy = hold_context(hooks.step(noisy), context, num_context)
+            on_step(number + 1)
         return noisy
 
 

@@ -23,6 +23,9 @@ class Source(Protocol):
         Asked with rising numbers; behind its end a source repeats its last picture.
         """
 
+    def again(self) -> "Source":
+        """Give the same source, to be asked from its beginning."""
+
 
 @dataclass(frozen=True)
 class Scene:

@@ -21,6 +21,7 @@ from kit.data.media import VideoWriter
 from kit.errors import InputError
 from kit.metrics.video_report import Measure, VideoReport
 from kit.models.base import Encoders
+from kit.models.inside import UNTOUCHED, Inside
 from kit.recipe import ExistingFile
 from kit.sampling.frames import to_pictures
 from kit.sampling.pipeline import Predict, TalkSampler, no_progress
@@ -157,9 +158,11 @@ class Previews(Callback):
 def _as_trained(module: Fitting, trainer: Trainer) -> Predict:
     """Call the network as training steps do: else nothing casts a network of two dtypes."""
 
-    def predict(noisy: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+    def predict(
+        noisy: Tensor, sigma: Tensor, conditions: Conditions, inside: Inside = UNTOUCHED
+    ) -> Tensor:
         with trainer.precision_plugin.forward_context():
-            velocity: Tensor = module.network(noisy, sigma, conditions)
+            velocity: Tensor = module.network(noisy, sigma, conditions, inside)
         return velocity
 
     return predict

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kit.models.attention import KeysValues, attend, grid_rotation, rotate, split_heads
-from kit.models.wan import add_gated, by_pieces, linear_float32, normalize
+from kit.models.tokens import add_gated, by_pieces, linear_float32, normalize
 
 PATCH = (1, 2, 2)
 CELL = (4, 8, 8)
