@@ -1,11 +1,14 @@
 """No adapter at all: every parameter of a denoiser trains, for small bases of our own."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from kit.models.base import Denoiser
+from kit.models.hollow import in_float32
 
 _OUTPUTS = ("to_out.0", "ffn.net.2", "audio_cross_attn.proj")
 _LAST = "proj_out"
@@ -33,10 +36,16 @@ class Full:
         """List nothing: every denoiser can train fully."""
         return []
 
+    def start_values(self, denoiser: Denoiser) -> Mapping[str, Tensor]:
+        """Name nothing that takes the place of the base's parameters."""
+        return {}
+
     @torch.no_grad()
     def inject(self, denoiser: Denoiser, seed: int) -> None:
         """Let every parameter train."""
-        denoiser.float().requires_grad_(True)
+        for parameter in denoiser.parameters():
+            parameter.data = in_float32(parameter.data)
+        denoiser.requires_grad_(True)
         if self.start == 1:
             return
         for name, module in denoiser.named_modules():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,7 @@ from kit.draws import seed_of
 from kit.errors import InputError, did_you_mean
 from kit.models.base import Denoiser
 from kit.models.checkpoints import parameter_shapes
+from kit.models.hollow import in_float32, is_hollow
 from kit.models.lora_files import AdapterFile
 from kit.models.tensor_files import shorten
 
@@ -139,9 +141,16 @@ class Lora:
         add_factors(denoiser, self.kind, sizes, self.dropout, self.factor, seed)
         for name in whole:
             parameter = denoiser.get_parameter(name)
-            parameter.data = parameter.data.float()
+            parameter.data = in_float32(parameter.data)
             parameter.requires_grad_(True)
         put_tensors(denoiser, tensors, self.kind)
+
+    def start_values(self, denoiser: Denoiser) -> Mapping[str, Tensor]:
+        """Read what takes the place of the base's parameters at the start of the training."""
+        if self.start is None:
+            return {}
+        found = find(self.start, parameter_shapes(denoiser))
+        return replace(found, factors={}).read()
 
     def _sizes(self, denoiser: Denoiser) -> dict[str, Size]:
         return {layer: self.size(part) for part in self.parts for layer in denoiser.parts()[part]}
@@ -235,7 +244,10 @@ def apply_adapter(denoiser: Denoiser, tensors: Mapping[str, Tensor], kind: str) 
 
 @torch.no_grad()
 def put_tensors(denoiser: nn.Module, tensors: Mapping[str, Tensor], kind: str) -> None:
-    """Give a denoiser that has factors already their numbers, and whole parameters theirs."""
+    """Give a denoiser that has factors already their numbers, and whole parameters theirs.
+
+    Those without memory are given theirs when they are filled; see `Lora.start_values`.
+    """
     layers = by_layer(tensors, kind)
     for layer, names in layers.items():
         own = {name: tensors[key] for name, key in names.items() if name != ALPHA}
@@ -243,7 +255,8 @@ def put_tensors(denoiser: nn.Module, tensors: Mapping[str, Tensor], kind: str) -
     places = {adapter_key(name): p for name, p in denoiser.named_parameters()}
     in_layers = {key for names in layers.values() for key in names.values()}
     for name in tensors.keys() - in_layers:
-        places[name].copy_(tensors[name])
+        if not is_hollow(places[name]):
+            places[name].copy_(tensors[name])
 
 
 def _sizes_of(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Size]:

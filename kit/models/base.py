@@ -125,6 +125,13 @@ class Base(ABC):
         """Load the frozen denoiser in the base's dtype; a parameter not found is an error."""
 
     @abstractmethod
+    def hollow_denoiser(self) -> Denoiser:
+        """Build the frozen denoiser with sizes and dtypes, but no memory; see `kit.models.hollow`.
+
+        What `parameters` gives fills it. A base in few bits cannot be built so.
+        """
+
+    @abstractmethod
     def parameters(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Read the denoiser's parameters one by one, merged with what the base adds to them.
 

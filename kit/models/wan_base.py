@@ -24,6 +24,7 @@ from kit.models.checkpoints import (
     read_weights,
     require_match,
 )
+from kit.models.hollow import hollow_out
 from kit.models.layouts import (
     ENCODERS,
     KINDS,
@@ -184,6 +185,15 @@ class WanBase(Base):
         for name, value in self._read(layout, shapes, device):
             put(model, name, value)
         return model.requires_grad_(False).eval()
+
+    def hollow_denoiser(self) -> Denoiser:
+        """Build the denoiser without memory, to be filled share by share; see `Base`."""
+        assert self._quantise is None
+        _, model = self._open()
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype_of(name, self._dtype))
+        hollow_out(model)
+        return model.eval()
 
     def parameters(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Read the denoiser's parameters one by one; see `Base`.

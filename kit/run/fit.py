@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 from lightning import Callback
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from kit.adapters.files import AdapterInfo, write_adapter
-from kit.adapters.lora import adapter_tensors
-from kit.devices import choose_device
+from kit.adapters.lora import adapter_key, adapter_tensors
 from kit.errors import InputError
 from kit.models.base import Denoiser, Encoders
 from kit.models.checkpoints import parameter_shapes
+from kit.models.hollow import fill, to_meta, whole
 from kit.recipe import Recipe
 from kit.run.bases import adapter_files
 from kit.run.parts import FitParts, build_fit
@@ -28,12 +30,18 @@ from kit.run.rounding import first_inputs, report_rounding
 from kit.run.scenes import build_measure, load_portrait, load_track, one_speaker
 from kit.run.unfinished import digest_of
 from kit.sampling.scene import Scene
-from kit.training.checkpoints import newest_checkpoint, require_same_recipe, step_of
+from kit.training.checkpoints import (
+    BATCHES_PER_STEP,
+    newest_checkpoint,
+    require_same_recipe,
+    step_of,
+)
 from kit.training.curves import read_curves
 from kit.training.ema import AdapterEMA
 from kit.training.module import Fitting, LossNotFinite
 from kit.training.previews import Previews
 from kit.training.result import Result
+from kit.training.sharding import distribute
 from kit.training.task import DenoiserTask
 
 RUNS = Path("runs")
@@ -60,7 +68,9 @@ def fit(recipe: str, overrides: Sequence[str], report: Callable[[str], None]) ->
     folder = RUNS / str(checked["name"])
     # What shards and adapters hold counts, not where they lie.
     files = {str(path): digest_of(path) for path in adapter_files(checked)}
+    batches = parts.training.accumulate * parts.training.world
     values = {**checked.values, "shards": parts.data.digest(), "files": files}
+    values[BATCHES_PER_STEP] = batches
     resume = newest_checkpoint(folder / "checkpoints")
     if resume is not None:
         require_same_recipe(resume, values)
@@ -94,18 +104,20 @@ class _Run:
     def train(self, resume: Path | None) -> None:
         """Load the base, train, and write the adapter."""
         parts, seed, started = self.parts, self.recipe["seed"], time.perf_counter()
-        device = choose_device(parts.training.device)
-        encoders = _Once(lambda: parts.base.load_encoders(device))
         ema = AdapterEMA(parts.training.ema_decay)
+        result = Result(lambda step: self._write(module, ema, step, started))
+        encoders = _Once(lambda: parts.base.load_encoders(trainer.strategy.root_device))
         # Opened before the base is loaded: a wrong portrait should not cost minutes.
         previews = self._previews(encoders, ema)
-        parts.data.prepare_run(encoders, seed, parts.training.num_batches, place=(0, 1))
-        denoiser = parts.base.load_denoiser(device)
-        if resume is None:
-            self._report_rounding(denoiser, device)
-        module = self._module(denoiser)
-        result = Result(lambda step: self._write(module, ema, step, started))
         trainer = parts.training.trainer(self.folder, ema, [*previews, result])
+        device, place = trainer.strategy.root_device, (trainer.global_rank, trainer.world_size)
+        parts.data.prepare_run(encoders, seed, parts.training.num_batches, place)
+        is_hollow = parts.training.is_sharded and self.recipe.values["base"].get("quantise") is None
+        load = parts.base.load_denoiser
+        denoiser = parts.base.hollow_denoiser() if is_hollow else load(device)
+        if resume is None and not is_hollow and trainer.is_global_zero:
+            self._report_rounding(denoiser, device)
+        module = self._module(denoiser, device)
         try:
             trainer.fit(module, parts.data, ckpt_path=resume, weights_only=True)
         except LossNotFinite as error:
@@ -123,16 +135,35 @@ class _Run:
         inputs = partial(first_inputs, parts.data, parts.objective, seed, device)
         report_rounding(parts.base, denoiser, inputs, self.folder, self.report)
 
-    def _module(self, denoiser: Denoiser) -> Fitting:
+    def _module(self, denoiser: Denoiser, device: torch.device) -> Fitting:
         parts, seed = self.parts, self.recipe["seed"]
+        shard = None
+        if parts.training.is_sharded:
+            shard = partial(self._shard, denoiser, parts.adapter.start_values(denoiser), device)
         parts.adapter.inject(denoiser, seed)
         denoiser.checkpoint_activations(parts.training.checkpoint_blocks)
         task = DenoiserTask(denoiser, parts.objective, parts.dropout, seed)
-        module = Fitting(task, parts.optimizer, seed, dict(self.values)).train()
+        module = Fitting(task, parts.optimizer, seed, dict(self.values), shard).train()
         trained = sum(parameter.numel() for parameter in module.trained().values())
         every = sum(math.prod(shape) for shape in parameter_shapes(denoiser).values())
         self.report(f"{trained:,} of {every:,} parameters train")
         return module
+
+    def _shard(
+        self,
+        denoiser: Denoiser,
+        start: Mapping[str, Tensor],
+        device: torch.device,
+        mesh: DeviceMesh,
+    ) -> None:
+        """Distribute the denoiser; each process reads its share of what has no memory yet."""
+        to_meta(denoiser)
+        is_full = not any(parameter.is_meta for parameter in denoiser.parameters())
+        distribute(denoiser, mesh, replicate_frozen=is_full)
+        if not is_full:
+            names = {adapter_key(name): name for name, _ in denoiser.named_parameters()}
+            read = self.parts.base.parameters()
+            fill(denoiser, ((n, start.get(n, value)) for n, value in read), names, device)
 
     def _previews(self, encoders: Callable[[], Encoders], ema: AdapterEMA) -> list[Callback]:
         settings, sizes = self.parts.preview, self.parts.base.geometry
@@ -160,7 +191,10 @@ class _Run:
             recipe=recipe.text,
         )
         with ema.applied(module):
-            tensors = adapter_tensors(module.network, module.trained(), info.kind)
+            trained = {name: whole(value) for name, value in module.trained().items()}
+            if not module.trainer.is_global_zero:
+                return
+            tensors = adapter_tensors(module.network, trained, info.kind)
             write_adapter(self.folder / ADAPTER_NAME, tensors, info)
         facts = {
             **_course(read_curves(self.folder / "metrics.csv")),

@@ -79,6 +79,8 @@ def build_fit(recipe: Recipe) -> FitParts:
         )
     if parts.training.device == "cuda" and not torch.cuda.is_available():
         problems.append("trainer.device: there is no CUDA device here; take auto or cpu")
+    if parts.training.is_sharded:
+        problems += _sharding_problems(parts, is_quantised=form is not None)
     if parts.sampler.hooks.plugins and parts.preview is None:
         problems.append("plugins: only previews use them, and there is no section `preview`")
     _refuse(problems)
@@ -118,6 +120,30 @@ def quantisation_problems(form: str | None, kind: str, train_fully: Sequence[str
     kinds = FORMS[form].adapters
     if kind not in kinds:
         found.append(f"adapter: a {kind} does not go with {form}; valid: {', '.join(kinds)}")
+    return found
+
+
+def _sharding_problems(parts: FitParts, *, is_quantised: bool) -> list[str]:
+    """Say what cannot be distributed over several processes."""
+    adapter, found = parts.adapter, list[str]()
+    if adapter.kind == "dora" and not is_quantised:
+        found.append(
+            "adapter.kind: the magnitudes of dora need whole weights, which no process of a "
+            "sharded run has; take lora, loha or lokr"
+        )
+    if isinstance(adapter, Full) and adapter.start != 1:
+        found.append(
+            f"adapter.start: {adapter.start} changes whole weights, which no process of a sharded "
+            "run has; take 1"
+        )
+    if not parts.optimizer.is_elementwise:
+        found.append(
+            "optimizer: this one needs whole matrices or blocks of them, which no process of a "
+            "sharded run has; take adamw with state_bits: 32"
+        )
+    available = torch.cuda.device_count()
+    if parts.training.uses_gpu and parts.training.devices > available:
+        found.append(f"trainer.devices: {parts.training.devices} of {available} GPUs")
     return found
 
 

@@ -17,6 +17,10 @@ MAY_CHANGE = (
     "trainer.save_every",
     "trainer.keep_checkpoints",
     "trainer.log_every",
+    "trainer.accumulate",
+    "trainer.devices",
+    "trainer.nodes",
+    "trainer.shard",
     "data.num_workers",
     "data.path",
     "preview",
@@ -24,6 +28,10 @@ MAY_CHANGE = (
     "sampling",
 )
 """Keys that may differ between a run and its continuation: they change no training step."""
+
+
+BATCHES_PER_STEP = "batches_per_step"
+"""Key beside those of the recipe: of all processes together."""
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -64,8 +72,9 @@ class SaveCheckpoints(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the step that the run continues at; drop what killed runs left half."""
         self._saved = trainer.global_step
-        for half in self.folder.glob("*.partial"):
-            half.unlink()
+        if trainer.is_global_zero:
+            for half in self.folder.glob("*.partial"):
+                half.unlink()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *batch: object
@@ -76,8 +85,9 @@ class SaveCheckpoints(Callback):
         if step > self._saved and due:
             self._saved = step
             trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt")
-            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
-                old.unlink()
+            if trainer.is_global_zero:
+                for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+                    old.unlink()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -103,6 +113,8 @@ def require_same_recipe(checkpoint: Path, recipe: Mapping[str, Any]) -> None:
             f"{checkpoint} is damaged; remove it to go on from the one before"
         ) from error
     before, now = _flat(saved), _flat(recipe)
+    for values in (before, now):
+        values.setdefault(BATCHES_PER_STEP, values.get("trainer.accumulate", 1))
     # A falling rate depends on the length of the run.
     is_falling = now.get("optimizer.course") == "cosine"
     free = tuple(key for key in MAY_CHANGE if not (is_falling and key == "trainer.max_steps"))

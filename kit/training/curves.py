@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
 from kit.training.module import Fitting
@@ -38,8 +39,9 @@ class Curves(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the rows of the steps done so far."""
         self._last_step = trainer.global_step
-        kept = [row for row in read_curves(self.path) if int(row["step"]) <= self._last_step]
-        _write_rows(self.path, kept, mode="w")
+        if trainer.is_global_zero:
+            kept = [row for row in read_curves(self.path) if int(row["step"]) <= self._last_step]
+            _write_rows(self.path, kept, mode="w")
         self._since = time.perf_counter()
 
     def on_before_optimizer_step(
@@ -58,7 +60,7 @@ class Curves(Callback):
             return
         self._last_step = trainer.global_step
         assert isinstance(pl_module, Fitting)
-        row = self._row(pl_module.grad_norm)
+        row = self._row(pl_module.grad_norm, trainer.strategy)
         if trainer.is_global_zero:
             _write_rows(self.path, [row], mode="a")
         if self._last_step % self.every == 0 and trainer.logger is not None:
@@ -70,19 +72,20 @@ class Curves(Callback):
         if trainer.is_global_zero:
             draw_curves(read_curves(self.path), self.picture)
 
-    def _row(self, grad_norm: float) -> dict[str, float]:
+    def _row(self, grad_norm: float, processes: Strategy) -> dict[str, float]:
+        """Average over the batches of all processes."""
         names = self._losses[0]
-        losses = {
-            f"loss/{name}": float(torch.stack([each[name] for each in self._losses]).mean())
-            for name in names
-        }
+        means = [torch.stack([each[name] for each in self._losses]).mean() for name in names]
+        shared = processes.reduce(torch.stack(means), reduce_op="mean").tolist()
+        samples = processes.reduce(means[0].new_tensor(self._samples), reduce_op="sum")
+        losses = {f"loss/{name}": value for name, value in zip(names, shared, strict=True)}
         return {
             "step": self._last_step,
             **losses,
             "lr": self._lr,
             "grad_norm": grad_norm,
             "seconds": time.perf_counter() - self._since,
-            "samples": self._samples,
+            "samples": int(samples),
         }
 
 

@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from kit.models.hollow import share_of, whole
 from kit.training.module import Fitting
 
 
@@ -27,8 +28,10 @@ class AdapterEMA(Callback):
         """Start from the weights, unless a checkpoint has brought an average."""
         self._last_step = trainer.global_step
         for name, parameter in _trained(pl_module).items():
-            start = self.average.get(name, parameter.detach())
-            self.average[name] = start.to(parameter.device, torch.float32).clone()
+            start = parameter.detach()
+            if name in self.average:
+                start = share_of(self.average[name], parameter, parameter.device)
+            self.average[name] = start.to(torch.float32, copy=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *batch: object
@@ -41,8 +44,8 @@ class AdapterEMA(Callback):
             self.average[name].lerp_(parameter.detach().float(), 1 - self.decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the average to the checkpoint."""
-        return {"average": self.average}
+        """Give the average to the checkpoint; all processes ask at the same time."""
+        return {"average": {name: whole(value) for name, value in self.average.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the average from a checkpoint."""

@@ -21,6 +21,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSettings(Protocol):
     """The recipe's `optimizer` section."""
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether a part of a tensor can be updated without the rest."""
+
     def optimizer(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """Make the optimiser of these parameters."""
 
@@ -62,6 +66,11 @@ class AdamW:
         self.weight_decay = weight_decay
         self.course = RateCourse(warmup_steps, course, final_share)
         self.state_bits = state_bits
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Moving averages of 8 bits share factors within blocks."""
+        return self.state_bits == 32
 
     def optimizer(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """Make the optimiser of these parameters."""
@@ -109,6 +118,11 @@ class MuonSettings:
         self.betas = (betas[0], betas[1])
         self.weight_decay = weight_decay
         self.course = RateCourse(warmup_steps, course, final_share)
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whole matrices are made orthogonal."""
+        return False
 
     def optimizer(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """Make the optimiser of these parameters."""

@@ -20,7 +20,6 @@ class Result(Callback):
         self.is_written = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the result."""
-        if trainer.is_global_zero:
-            self._write(trainer.global_step)
+        """Write the result; all processes take part, since each has a share of it."""
+        self._write(trainer.global_step)
         self.is_written = True

@@ -1,11 +1,13 @@
 """The recipe's `trainer` section: how long, how precise, how often saved."""
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from pydantic import Field
@@ -15,6 +17,7 @@ from kit.training.checkpoints import AtomicCheckpoints, SaveCheckpoints
 from kit.training.curves import Curves
 from kit.training.ema import AdapterEMA
 from kit.training.progress import Progress
+from kit.training.sharding import ShardedStrategy
 from kit.training.stop import GracefulStop
 
 Count = Annotated[int, Field(ge=1)]
@@ -34,6 +37,10 @@ class Training:
         keep_checkpoints: newest ones to keep.
         log_every: steps between two entries in TensorBoard.
         device: `auto` takes a GPU if there is one.
+        devices: processes on each machine, each with a GPU or on the CPU, which share the network
+            block by block; `auto` takes all GPUs. Under torchrun its number counts.
+        nodes: machines, started by torchrun or SLURM.
+        shard: distribute the network even if there is only one process.
     """
 
     def __init__(
@@ -49,6 +56,9 @@ class Training:
         keep_checkpoints: Count = 2,
         log_every: Count = 10,
         device: Literal["auto", "cpu", "cuda"] = "auto",
+        devices: Count | Literal["auto"] = 1,
+        nodes: Count = 1,
+        shard: bool = False,
     ) -> None:
         self.max_steps = max_steps
         self.precision = precision
@@ -60,6 +70,19 @@ class Training:
         self.keep_checkpoints = keep_checkpoints
         self.log_every = log_every
         self.device = device
+        self.devices = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or _count(devices)
+        self.nodes = int(os.environ.get("GROUP_WORLD_SIZE", 0)) or nodes
+        self.is_sharded = shard or self.world > 1
+
+    @property
+    def world(self) -> int:
+        """Count the processes."""
+        return self.devices * self.nodes
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether the network works on a GPU."""
+        return choose_device(self.device).type == "cuda"
 
     @property
     def num_batches(self) -> int:
@@ -76,8 +99,10 @@ class Training:
         """
         _quieten()
         return Trainer(
-            accelerator="gpu" if choose_device(self.device).type == "cuda" else "cpu",
-            devices=1,
+            accelerator="gpu" if self.uses_gpu else "cpu",
+            devices=self.devices,
+            num_nodes=self.nodes,
+            strategy=ShardedStrategy() if self.is_sharded else "auto",
             max_steps=self.max_steps,
             max_epochs=1,
             precision=self.precision,
@@ -99,6 +124,10 @@ class Training:
                 SaveCheckpoints(folder / "checkpoints", self.save_every, self.keep_checkpoints),
             ],
         )
+
+
+def _count(devices: int | Literal["auto"]) -> int:
+    return max(torch.cuda.device_count(), 1) if devices == "auto" else devices
 
 
 def _quieten() -> None:
