@@ -130,13 +130,15 @@ class Projection:
     Args:
         momentum: share of the earlier differences that is added; negative pushes away from them.
         threshold: largest norm of a difference over a whole video.
+        eta: share of the parallel part that is kept all the same.
 
     Source: Sadat et al. 2024; the numbers are InfiniteTalk's.
     """
 
-    def __init__(self, momentum: float = -0.75, threshold: float = 55.0) -> None:
+    def __init__(self, momentum: float = -0.75, threshold: float = 55.0, eta: float = 0.0) -> None:
         self.momentum = momentum
         self.threshold = threshold
+        self.eta = eta
         self._running: dict[str, Tensor] = {}
 
     def __call__(self, kind: str, difference: Tensor, full: Tensor) -> Tensor:
@@ -146,8 +148,8 @@ class Projection:
         limited = running * (self.threshold / running.norm()).clamp(max=1)
         direction = full.double() / full.double().norm()
         along = (limited.double() * direction).sum() * direction
-        aside: Tensor = limited.double() - along
-        return aside.to(full.dtype)
+        kept: Tensor = limited.double() - (1 - self.eta) * along
+        return kept.to(full.dtype)
 
 
 def combine_plainly() -> Combine:

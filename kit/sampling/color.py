@@ -1,5 +1,8 @@
 """Keep the colours of a long video where its first frame had them."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -14,20 +17,25 @@ _EPSILON = 0.008856
 _SLOPE, _OFFSET = 7.787, 16 / 116
 
 
-def match_color(frames: Tensor, reference: Tensor, strength: float) -> Tensor:
-    """Give each frame the mean and spread of the reference's colours, channel by channel in Lab.
+Space = Literal["lab", "rgb"]
+
+
+def match_color(frames: Tensor, reference: Tensor, strength: float, space: Space = "lab") -> Tensor:
+    """Give each frame the mean and spread of the reference's colours, channel by channel.
 
     Args:
         frames: pixels, -1 to 1. [3, T, H, W]
         reference: pixels, -1 to 1. [3, H, W]
         strength: 0 leaves the frames, 1 moves them fully.
+        space: whose channels.
 
     Source: InfiniteTalk's colour correction (Reinhard et al. 2001) in CIE Lab, D65.
     """
     if strength == 0:
         return frames
+    enter, leave = _SPACES[space]
     pixels = (frames.float() + 1) / 2
-    moved = lab_to_rgb(_transfer(rgb_to_lab(pixels), rgb_to_lab((reference.float() + 1) / 2)))
+    moved = leave(_transfer(enter(pixels), enter((reference.float() + 1) / 2)))
     return torch.lerp(pixels, moved.clamp(0, 1), strength) * 2 - 1
 
 
@@ -51,12 +59,23 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     return torch.where(linear > 0.0031308, encoded, linear * 12.92)
 
 
-def _transfer(lab: Tensor, reference: Tensor) -> Tensor:
-    mean, std = lab.mean((-2, -1), keepdim=True), lab.std((-2, -1), correction=0, keepdim=True)
+def _same(rgb: Tensor) -> Tensor:
+    return rgb
+
+
+_SPACES: dict[Space, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "lab": (rgb_to_lab, lab_to_rgb),
+    "rgb": (_same, _same),
+}
+
+
+def _transfer(frames: Tensor, reference: Tensor) -> Tensor:
+    mean = frames.mean((-2, -1), keepdim=True)
+    std = frames.std((-2, -1), correction=0, keepdim=True)
     to_mean = reference.mean((-2, -1))[:, None, None, None]
     to_std = reference.std((-2, -1), correction=0)[:, None, None, None]
     scale = torch.where(std > 0, to_std / std.clamp(min=1e-12), torch.zeros_like(std))
-    return (lab - mean) * scale + to_mean
+    return (frames - mean) * scale + to_mean
 
 
 def _mix(matrix: Tensor, channels: Tensor) -> Tensor:
