@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, Wav2Vec2Config, Wav2Vec2FeatureExtractor
 
+from kit.batch import Conditions
 from kit.models.encoders import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from tests import published
 from tests.originals import ORIGINAL_FILES, draw_states, write_original
@@ -49,13 +50,15 @@ def main() -> None:
         answers = {name: published.digest(ask(folder)) for name, ask in QUESTIONS.items()}
         for name, speakers in published.SPEAKERS.items():
             answers[name] = published.digest(ask_denoiser(networks, folder, speakers))
+        for name, size in published.CACHES.items():
+            answers[name] = ask_cache(networks, folder, size)
     published.FACTS.parent.mkdir(exist_ok=True)
     published.FACTS.write_text(json.dumps(answers, indent=1) + "\n")
     print(f"{published.FACTS}: {', '.join(answers)}")
 
 
-def ask_denoiser(networks: Any, folder: Path, speakers: int) -> Tensor:
-    """Predict a velocity. [1, 16, F, H, W]"""
+def open_denoiser(networks: Any, folder: Path) -> Any:
+    """Load the denoiser."""
     networks.WanModel.enable_teacache = False
     model = networks.WanModel(
         model_type="i2v", in_dim=36, dim=48, ffn_dim=128, freq_dim=64, text_dim=32,
@@ -70,8 +73,31 @@ def ask_denoiser(networks: Any, folder: Path, speakers: int) -> Tensor:
     for file in folder.glob("*.safetensors"):
         state |= load_file(file)
     model.load_state_dict(state)
-    model.eval()
-    (noisy, sigma), given = published.noisy_latents(), published.conditions(speakers)
+    return model.eval()
+
+
+def ask_denoiser(networks: Any, folder: Path, speakers: int) -> Tensor:
+    """Predict a velocity. [1, 16, F, H, W]"""
+    model, given = open_denoiser(networks, folder), published.conditions(speakers)
+    return call(model, *published.noisy_latents(), given)
+
+
+def ask_cache(networks: Any, folder: Path, size: str) -> dict[str, Any]:
+    """Predict the velocities of a chunk with TeaCache, and note which passes were computed."""
+    model = open_denoiser(networks, folder)
+    model.teacache_init(sample_steps=len(published.cached_levels()), model_scale=size)
+    ran: list[int] = []
+    model.blocks[0].register_forward_hook(lambda *given: ran.append(len(velocities)))
+    velocities: list[Tensor] = []
+    for number, sigma in enumerate(published.cached_levels()):
+        for given in published.cached_branches().values():
+            velocities.append(call(model, published.cached_noisy(number), sigma[None], given))
+    computed = "".join(str(int(number in ran)) for number in range(len(velocities)))
+    return {**published.digest(torch.cat(velocities)), "computed": computed}
+
+
+def call(model: Any, noisy: Tensor, sigma: Tensor, given: Conditions) -> Tensor:
+    """Ask the denoiser once. [1, 16, F, H, W]"""
     mask = given.reference_mask[..., None, None].expand(-1, -1, -1, *noisy.shape[3:])
     (velocity,) = model(
         [noisy[0]],

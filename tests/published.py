@@ -5,6 +5,7 @@ base's weights under its own names; `benchmarks/infinitetalk_facts.py` asks it f
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ FACTS = Path(__file__).parent / "reference" / "infinitetalk.json"
 SAMPLES = 24
 TEXT = "A woman in a red coat speaks; behind her it snows."
 SPEAKERS = {"one speaker": 1, "two speakers": 2, "silence": 0}
+CACHES = {"TeaCache 480p": "infinitetalk-480", "TeaCache 720p": "infinitetalk-720"}
+"""What the public code calls the sizes that it has coefficients for."""
 
 
 def digest(output: Tensor) -> dict[str, Any]:
@@ -70,6 +73,29 @@ def conditions(speakers: int) -> Conditions:
         num_speakers=torch.tensor([count]),
         speaker_masks=masks,
     )
+
+
+def cached_levels() -> Tensor:
+    """Draw levels, near each other: drawn weights tell levels apart much better than trained ones.
+
+    The modulation changes by 0 to 0.08 from one to the next, which is where public polynomials are
+    small and where they are large. [40]
+    """
+    steps = torch.rand(40, generator=generator("levels", SEED))
+    return 0.6 - 0.0002 * steps.cumsum(0)
+
+
+def cached_noisy(step: int) -> Tensor:
+    """Draw what a denoiser is asked about in a step. [1, 16, 3, 8, 8]"""
+    return draw_normal((1, 16, 3, 8, 8), SEED, "noisy", step)
+
+
+def cached_branches() -> dict[str, Conditions]:
+    """Draw the branches of guidance, in the public order."""
+    given = conditions(1)
+    other = replace(given, text=draw_normal((1, 3, 32), SEED, "null text"))
+    silent = replace(other, audio=torch.zeros_like(given.audio))
+    return {"full": given, "no_text": other, "none": silent}
 
 
 def video() -> Tensor:

@@ -85,9 +85,9 @@ class InChunk:
         active = tuple(name for name in self._hooks.plugins if self._is_active(name))
         caches = self._hooks.having("blocks")
         if (set(active) ^ set(self._active)) - set(caches):
-            for key in self._memories:
-                if key[0] in caches:
-                    self._memories[key].clear()
+            for (name, branches, _), memory in self._memories.items():
+                if name in caches and branches:
+                    memory.clear()
         self._active = active
 
     def ends(self, ends: Ends, tail: Tensor | None) -> Ends:

@@ -182,7 +182,8 @@ class Plugin:
     def is_active(self, at: At) -> bool:
         """Say whether the hooks below, up to `step`, are called in this step. Each.
 
-        What a cache keeps is forgotten when another plugin begins or ends to be active.
+        What a cache keeps in `at.memory` is forgotten when another plugin begins or ends to be
+        active.
         """
         return True
 
