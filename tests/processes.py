@@ -9,6 +9,7 @@ import queue
 import socket
 import traceback
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def run_together(world: int, work: Callable[..., Any], *given: object) -> list[A
 
     Args:
         world: how many.
-        work: what all of them do, a function of a module; results and arguments are plain values.
+        work: what all of them do, a function of a module; results and arguments are plain values
+            or tensors.
         given: its arguments.
 
     Returns:
@@ -50,15 +52,11 @@ def run_together(world: int, work: Callable[..., Any], *given: object) -> list[A
         for process in processes:
             process.join(timeout=10)
             process.kill()
-    errors = [value for value in found.values() if isinstance(value, _Failed)]
-    if errors:
-        raise AssertionError(errors[0].text)
-    return [found[rank] for rank in range(world)]
-
-
-class _Failed:
-    def __init__(self, text: str) -> None:
-        self.text = text
+    done = {rank: torch.load(BytesIO(packed), weights_only=True) for rank, packed in found.items()}
+    for rank in range(world):
+        if "error" in done[rank]:
+            raise AssertionError(f"process {rank}:\n{done[rank]['error']}")
+    return [done[rank]["result"] for rank in range(world)]
 
 
 def _enter(
@@ -84,9 +82,13 @@ def _enter(
     )
     torch.set_num_threads(1)
     try:
-        results.put((rank, work(*given)))
+        done = {"result": work(*given)}
     except BaseException:  # also SystemExit, which would leave the others waiting
-        results.put((rank, _Failed(f"process {rank}:\n{traceback.format_exc()}")))
+        done = {"error": traceback.format_exc()}
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+    # Tensors as such would be shared memory, which is gone with this process.
+    packed = BytesIO()
+    torch.save(done, packed)
+    results.put((rank, packed.getvalue()))

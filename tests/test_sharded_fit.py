@@ -62,6 +62,12 @@ def test_two_processes_equal_one(encoded_shards: Path) -> None:
     assert told[0][-1].endswith("step 6")
 
 
+def test_two_processes_that_share_each_video_equal_one(encoded_shards: Path) -> None:
+    train(words(encoded_shards, "alone"))
+    run_together(2, train, words(encoded_shards, "shared", **{"trainer.split_frames": 2}))
+    assert_alike("shared", "alone")
+
+
 def test_one_sharded_process_equals_none(encoded_shards: Path) -> None:
     train(words(encoded_shards, "plain"))
     run_together(1, train, words(encoded_shards, "sharded", **{"trainer.shard": "true"}))
@@ -103,6 +109,7 @@ def test_another_number_of_batches_in_a_step_is_refused(encoded_shards: Path) ->
     ("option", "finding"),
     [
         ("adapter.kind=dora", "adapter.kind: the magnitudes of dora need whole weights"),
+        ("trainer.split_frames=2", "trainer.split_frames: 2 does not divide 1 processes"),
         ("optimizer.state_bits=8", "optimizer: this one needs whole matrices or blocks"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kit.batch import AUDIO_WINDOW
 from kit.models.attention import KeysValues, attend, rotate, rotation, split_heads
+from kit.models.split import Split
 
 BAND_WIDTH = 4
 BACKGROUND_POSITION = 12
@@ -167,16 +168,21 @@ def band_starts(num_speakers: Tensor, slots: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def speaker_positions(query: Tensor, key: Tensor, speakers: Speakers) -> Tensor:
+def speaker_positions(
+    query: Tensor, key: Tensor, speakers: Speakers, split: Split | None = None
+) -> Tensor:
     """Place each video token near the speaker to whose region it attends most. [B, N]
 
     Args:
         query: rotated queries of the block's self-attention. [B, N, h, d]
         key: its rotated keys. [B, N, h, d]
         speakers: regions and bands.
+        split: whose tokens the queries are, if other processes have more of them.
     """
     scores = region_scores(query, key, speakers.regions)  # [B, S + 1, N]
     low, high = scores[:, :-1].aminmax(dim=-1, keepdim=True)
+    if split is not None:
+        low, high = split.extremes(low, high)
     in_band = BAND_WIDTH * (scores[:, :-1] - low) / (high - low + 1e-8)
     candidates = in_band + speakers.band_starts[..., None]
     candidates = F.pad(candidates, (0, 0, 0, 1), value=BACKGROUND_POSITION)

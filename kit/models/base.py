@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kit.batch import Conditions
 from kit.models.inside import UNTOUCHED, Inside
+from kit.models.split import Processes
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,13 @@ class Geometry:
 
 
 class Denoiser(nn.Module, ABC):
-    """A network that predicts velocity from noisy latents: the seat of every base's DiT."""
+    """A network that predicts velocity from noisy latents: the seat of every base's DiT.
+
+    Attributes:
+        processes: those among which each video's latent frames are divided; None if there is one.
+    """
+
+    processes: Processes | None = None
 
     @abstractmethod
     def forward(

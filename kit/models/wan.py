@@ -3,15 +3,14 @@
 D is the width of the network, N the number of video tokens, n of them in one latent frame.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import (
-    WanAttention,
     WanTimeTextImageEmbedding,
     WanTransformer3DModel,
     WanTransformerBlock,
@@ -21,12 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kit.batch import Conditions
 from kit.models.attention import (
-    KeysValues,
     frequencies,
     grid_rotation,
     padding_bias,
-    rotate,
-    split_heads,
 )
 from kit.models.audio import (
     AudioCrossAttention,
@@ -34,19 +30,27 @@ from kit.models.audio import (
     AudioSizes,
     Speakers,
     describe_speakers,
-    speaker_positions,
 )
 from kit.models.base import Denoiser
 from kit.models.cpu import fast_products
-from kit.models.inside import UNTOUCHED, Entry, Inside, Layer
+from kit.models.inside import UNTOUCHED, Entry, Inside
 from kit.models.memory import Memory, Once, afresh
+from kit.models.split import divide_frames
 from kit.models.tokens import (
     add_gated,
     by_pieces,
     linear_float32,
     modulate,
-    normalize,
     unpatchify,
+)
+from kit.models.wan_attention import (
+    Context,
+    Text,
+    cross_attention,
+    divide,
+    image_keys_values,
+    self_attention,
+    text_keys_values,
 )
 
 SELF_ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
@@ -59,52 +63,6 @@ AUDIO_ATTENTION = (
     "audio_cross_attn.proj",
 )
 AUDIO_PROJECTOR = ("proj1", "proj1_vf", "proj2", "proj3")
-
-
-class Text(NamedTuple):
-    """What the text says.
-
-    Attributes:
-        tokens: the last two may stand for all padding. [B, L, D]
-        bias: added to the scores of the tokens; None if each stands for itself. [1, 1, 1, L]
-    """
-
-    tokens: Tensor
-    bias: Tensor | None
-
-
-class Context(NamedTuple):
-    """What every block gets beside the video tokens.
-
-    Attributes:
-        modulation: shift, scale and gate of self-attention, then of the FFN; float32. [B, 6, D]
-        rotation: how the video tokens turn.
-        text: text tokens.
-        image: tokens of the reference frame. [B, K, D]
-        audio: audio tokens. [B, S, F, K', D']
-        speakers: None if every sample has a single speaker.
-        once: computes keys and values, which depend on nothing but the tokens above.
-        block: number of the block.
-        inside: may change what is attended to.
-        embed_text: gives text tokens of other states, for `inside`.
-    """
-
-    modulation: Tensor
-    rotation: Tensor
-    text: Text
-    image: Tensor
-    audio: Tensor
-    speakers: Speakers | None
-    once: Once
-    block: int
-    inside: Inside
-    embed_text: Callable[[Tensor], Text]
-
-    def attend(
-        self, kind: str, read: Callable[[Tensor], KeysValues] | None = None
-    ) -> Callable[[Tensor, KeysValues], Tensor]:
-        """Give the attention of one kind of layer in this block."""
-        return partial(self.inside.attend, Layer(kind, self.block, read))
 
 
 class Block(nn.Module):
@@ -215,11 +173,17 @@ class Wan(Denoiser):
         entry = Entry(marked, time, modulation, grid, len(net.blocks))
         x, rotation = inside.enter(x, rotation, entry)
         context = self._context(conditions, modulation, rotation, inside, once)
+        split = divide_frames(self.processes, grid)
+        if split is not None:
+            x, context = divide(split, x, context)
         blocks = [
             partial(block, context=context._replace(block=number))
             for number, block in enumerate(net.blocks)
         ]
-        return unpatchify(predict(net, inside.run(blocks, x), time), grid)
+        x = inside.run(blocks, x)
+        if split is not None:
+            x = split.join(x)
+        return unpatchify(predict(net, x, time), grid)
 
     def _context(
         self,
@@ -239,6 +203,7 @@ class Wan(Denoiser):
             speakers=once(self._find_speakers, masks, counts),
             once=once,
             block=0,
+            split=None,
             inside=inside,
             embed_text=partial(once, self._embed_text),
         )
@@ -306,62 +271,6 @@ class Wan(Denoiser):
 def _without_empty(slots: Tensor, num_speakers: Tensor) -> Tensor:
     """Leave out slots that no sample uses: a single speaker needs no places. [B, S, ...]"""
     return slots[:, : int(num_speakers.max())] if slots.shape[1] > 1 else slots
-
-
-def self_attention(
-    attention: WanAttention, x: Tensor, context: Context
-) -> tuple[Tensor, Tensor | None]:
-    """Attend to all video tokens; the same queries and keys place the tokens near speakers."""
-    seen, positions = look_around(attention, x, context)
-    return attention.to_out[0](seen), positions
-
-
-def look_around(
-    attention: WanAttention, x: Tensor, context: Context
-) -> tuple[Tensor, Tensor | None]:
-    """Do all of self-attention but the output projection, which then needs no queries and keys."""
-    heads, turn = attention.heads, context.rotation
-    query, key = (
-        rotate(split_heads(normalize(norm, project(x)), heads), turn).to(x.dtype)
-        for project, norm in (
-            (attention.to_q, attention.norm_q),
-            (attention.to_k, attention.norm_k),
-        )
-    )
-    value = split_heads(attention.to_v(x), heads)
-    positions = None
-    if context.speakers is not None:
-        positions = speaker_positions(query, key, context.speakers)
-    return context.attend("self")(query, KeysValues(key, value)), positions
-
-
-def cross_attention(
-    attention: WanAttention, x: Tensor, text: KeysValues, image: KeysValues, context: Context
-) -> Tensor:
-    """Attend to text and to image tokens with one query, and sum before the output projection."""
-    query = split_heads(normalize(attention.norm_q, attention.to_q(x)), attention.heads)
-    attend_text = context.attend("text", partial(read_text, attention, context))
-    mixed = attend_text(query, text) + context.attend("image")(query, image)
-    projected: Tensor = attention.to_out[0](mixed)
-    return projected
-
-
-def read_text(attention: WanAttention, context: Context, text: Tensor) -> KeysValues:
-    """Find what can be read in other text, such as one to lead away from. [B, L, D']"""
-    return context.once(text_keys_values, attention, context.embed_text(text))
-
-
-def text_keys_values(attention: WanAttention, text: Text) -> KeysValues:
-    """Find what can be read in the text."""
-    key = split_heads(normalize(attention.norm_k, attention.to_k(text.tokens)), attention.heads)
-    return KeysValues(key, split_heads(attention.to_v(text.tokens), attention.heads), text.bias)
-
-
-def image_keys_values(attention: WanAttention, image: Tensor) -> KeysValues:
-    """Find what can be seen in the reference frame."""
-    to_key, to_value = cast(nn.Module, attention.add_k_proj), cast(nn.Module, attention.add_v_proj)
-    key = split_heads(normalize(attention.norm_added_k, to_key(image)), attention.heads)
-    return KeysValues(key, split_heads(to_value(image), attention.heads))
 
 
 def embed_time(embedder: WanTimeTextImageEmbedding, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from kit.adapters.files import AdapterInfo, write_adapter
-from kit.adapters.lora import adapter_key, adapter_tensors
+from kit.adapters.lora import adapter_tensors
 from kit.errors import InputError
 from kit.models.base import Denoiser, Encoders
 from kit.models.checkpoints import parameter_shapes
-from kit.models.hollow import fill, to_meta, whole
+from kit.models.hollow import whole
 from kit.recipe import Recipe
 from kit.run.bases import adapter_files
 from kit.run.parts import FitParts, build_fit
+from kit.run.processes import distribute_base, share_frames
 from kit.run.recipes import FIT, read_as
 from kit.run.rounding import first_inputs, report_rounding
 from kit.run.scenes import build_measure, load_portrait, load_track, one_speaker
@@ -41,7 +42,6 @@ from kit.training.ema import AdapterEMA
 from kit.training.module import Fitting, LossNotFinite
 from kit.training.previews import Previews
 from kit.training.result import Result
-from kit.training.sharding import distribute
 from kit.training.task import DenoiserTask
 
 RUNS = Path("runs")
@@ -68,9 +68,8 @@ def fit(recipe: str, overrides: Sequence[str], report: Callable[[str], None]) ->
     folder = RUNS / str(checked["name"])
     # What shards and adapters hold counts, not where they lie.
     files = {str(path): digest_of(path) for path in adapter_files(checked)}
-    batches = parts.training.accumulate * parts.training.world
     values = {**checked.values, "shards": parts.data.digest(), "files": files}
-    values[BATCHES_PER_STEP] = batches
+    values[BATCHES_PER_STEP] = parts.training.batches_per_step
     resume = newest_checkpoint(folder / "checkpoints")
     if resume is not None:
         require_same_recipe(resume, values)
@@ -110,7 +109,8 @@ class _Run:
         # Opened before the base is loaded: a wrong portrait should not cost minutes.
         previews = self._previews(encoders, ema)
         trainer = parts.training.trainer(self.folder, ema, [*previews, result])
-        device, place = trainer.strategy.root_device, (trainer.global_rank, trainer.world_size)
+        device, share = trainer.strategy.root_device, parts.training.split_frames
+        place = trainer.global_rank // share, trainer.world_size // share
         parts.data.prepare_run(encoders, seed, parts.training.num_batches, place)
         is_hollow = parts.training.is_sharded and self.recipe.values["base"].get("quantise") is None
         load = parts.base.load_denoiser
@@ -156,14 +156,8 @@ class _Run:
         device: torch.device,
         mesh: DeviceMesh,
     ) -> None:
-        """Distribute the denoiser; each process reads its share of what has no memory yet."""
-        to_meta(denoiser)
-        is_full = not any(parameter.is_meta for parameter in denoiser.parameters())
-        distribute(denoiser, mesh, replicate_frozen=is_full)
-        if not is_full:
-            names = {adapter_key(name): name for name, _ in denoiser.named_parameters()}
-            read = self.parts.base.parameters()
-            fill(denoiser, ((n, start.get(n, value)) for n, value in read), names, device)
+        distribute_base(self.parts.base, denoiser, start, mesh, device)
+        share_frames(denoiser, self.parts.training.split_frames)
 
     def _previews(self, encoders: Callable[[], Encoders], ema: AdapterEMA) -> list[Callback]:
         settings, sizes = self.parts.preview, self.parts.base.geometry

@@ -18,6 +18,7 @@ from kit.recipe import Recipe
 from kit.run.plugins import build_sampler, require_plugins
 from kit.run.scenes import build_measure, load_portrait
 from kit.sampling.pipeline import TalkSampler
+from kit.sampling.plugin import INSIDE
 from kit.training.dropout import ConditionDropout
 from kit.training.optim import OptimizerSettings
 from kit.training.previews import PreviewSettings
@@ -79,6 +80,8 @@ def build_fit(recipe: Recipe) -> FitParts:
         )
     if parts.training.device == "cuda" and not torch.cuda.is_available():
         problems.append("trainer.device: there is no CUDA device here; take auto or cpu")
+    if parts.training.split_frames > 1 and not parts.training.is_sharded:
+        problems.append("trainer.split_frames: there is one process; give trainer.devices")
     if parts.training.is_sharded:
         problems += _sharding_problems(parts, is_quantised=form is not None)
     if parts.sampler.hooks.plugins and parts.preview is None:
@@ -141,9 +144,18 @@ def _sharding_problems(parts: FitParts, *, is_quantised: bool) -> list[str]:
             "optimizer: this one needs whole matrices or blocks of them, which no process of a "
             "sharded run has; take adamw with state_bits: 32"
         )
+    training, share = parts.training, parts.training.split_frames
+    if training.world % share:
+        found.append(f"trainer.split_frames: {share} does not divide {training.world} processes")
+    inner = [name for hook in INSIDE for name in parts.sampler.hooks.having(hook)]
+    if share > 1 and inner:
+        found.append(
+            f"plugins.{inner[0]}: looks into the denoiser, where each process has only some of the "
+            "frames; take trainer.split_frames: 1"
+        )
     available = torch.cuda.device_count()
-    if parts.training.uses_gpu and parts.training.devices > available:
-        found.append(f"trainer.devices: {parts.training.devices} of {available} GPUs")
+    if training.uses_gpu and training.devices > available:
+        found.append(f"trainer.devices: {training.devices} of {available} GPUs")
     return found
 
 

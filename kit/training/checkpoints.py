@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "trainer.devices",
     "trainer.nodes",
     "trainer.shard",
+    "trainer.split_frames",
     "data.num_workers",
     "data.path",
     "preview",

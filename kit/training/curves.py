@@ -24,12 +24,14 @@ class Curves(Callback):
     Args:
         folder: of the run.
         every: steps between two rows in TensorBoard; the CSV has them all.
+        sharing: processes that work on the same samples.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
+    def __init__(self, folder: Path, every: int, sharing: int = 1) -> None:
         self.path = folder / "metrics.csv"
         self.picture = folder / "loss.png"
         self.every = every
+        self.sharing = sharing
         self._losses: list[dict[str, torch.Tensor]] = []
         self._samples = 0
         self._lr = 0.0
@@ -85,7 +87,7 @@ class Curves(Callback):
             "lr": self._lr,
             "grad_norm": grad_norm,
             "seconds": time.perf_counter() - self._since,
-            "samples": int(samples),
+            "samples": int(samples) // self.sharing,
         }
 
 

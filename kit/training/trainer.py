@@ -41,6 +41,8 @@ class Training:
             block by block; `auto` takes all GPUs. Under torchrun its number counts.
         nodes: machines, started by torchrun or SLURM.
         shard: distribute the network even if there is only one process.
+        split_frames: neighbouring processes that share each video, its latent frames among them, so
+            that longer or larger windows fit.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Training:
         devices: Count | Literal["auto"] = 1,
         nodes: Count = 1,
         shard: bool = False,
+        split_frames: Count = 1,
     ) -> None:
         self.max_steps = max_steps
         self.precision = precision
@@ -73,11 +76,17 @@ class Training:
         self.devices = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or _count(devices)
         self.nodes = int(os.environ.get("GROUP_WORLD_SIZE", 0)) or nodes
         self.is_sharded = shard or self.world > 1
+        self.split_frames = split_frames
 
     @property
     def world(self) -> int:
         """Count the processes."""
         return self.devices * self.nodes
+
+    @property
+    def batches_per_step(self) -> int:
+        """Count the batches of all processes in an optimiser step."""
+        return self.accumulate * self.world // self.split_frames
 
     @property
     def uses_gpu(self) -> bool:
@@ -118,7 +127,7 @@ class Training:
             callbacks=[
                 ema,
                 GracefulStop(),
-                Curves(folder, self.log_every),
+                Curves(folder, self.log_every, self.split_frames),
                 Progress(),
                 *more,
                 SaveCheckpoints(folder / "checkpoints", self.save_every, self.keep_checkpoints),

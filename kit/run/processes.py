@@ -1,0 +1,81 @@
+"""The processes of a run that torchrun started, and a base distributed over them."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from kit.adapters.lora import adapter_key
+from kit.devices import choose_device
+from kit.models.base import Base, Denoiser
+from kit.models.hollow import fill, to_meta
+from kit.models.split import Processes
+from kit.training.sharding import distribute
+
+
+class Place(NamedTuple):
+    """Which of the processes this one is, and where it computes."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+@contextmanager
+def joined(wanted_device: str) -> Iterator[Place]:
+    """Let processes that torchrun started know each other for a while; one alone is one of one.
+
+    Args:
+        wanted_device: `auto`, `cpu` or `cuda`.
+    """
+    device, world = choose_device(wanted_device), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield Place(0, 1, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Place(distributed.get_rank(), world, device)
+    finally:
+        distributed.destroy_process_group()
+
+
+def share_frames(denoiser: Denoiser, num_processes: int) -> None:
+    """Let so many neighbouring processes share the latent frames of each video."""
+    if num_processes > 1:
+        make: Callable[[int], tuple[ProcessGroup, object]] = distributed.new_subgroups
+        group, _ = make(num_processes)
+        denoiser.processes = Processes(group, distributed.get_rank(group), num_processes)
+
+
+def distribute_base(
+    base: Base,
+    denoiser: Denoiser,
+    start: Mapping[str, Tensor],
+    mesh: DeviceMesh,
+    device: torch.device,
+) -> None:
+    """Distribute a denoiser; each process reads its share of what has no memory yet.
+
+    Args:
+        base: whose weights are read.
+        denoiser: with its adapter.
+        start: what takes the place of some of the base's weights.
+        mesh: of the processes.
+        device: of this one.
+    """
+    to_meta(denoiser)
+    is_full = not any(parameter.is_meta for parameter in denoiser.parameters())
+    # What is there already is in few bits, which cannot be cut.
+    distribute(denoiser, mesh, replicate_frozen=is_full)
+    if not is_full:
+        names = {adapter_key(name): name for name, _ in denoiser.named_parameters()}
+        values = ((name, start.get(name, value)) for name, value in base.parameters())
+        fill(denoiser, values, names, device)
