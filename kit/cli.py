@@ -239,7 +239,17 @@ def _add_check(commands: _Commands) -> None:
 
 
 def _add_plugins(commands: _Commands) -> None:
-    _add(commands, "plugins", "list the plugins that recipes can name", "kit plugins", _plugins)
+    text = "list the plugins that recipes can name; write one, check one"
+    command = _add(commands, "plugins", text, "kit plugins", _plugins)
+    actions = command.add_subparsers(title="commands", metavar="COMMAND")
+    text, example = "write a small working plugin and its test", "kit plugins new calm_noise"
+    add = _add(actions, "new", text, example, _plugins_new).add_argument
+    add("name", metavar="NAME", help="what recipes will call it")
+    add("--folder", type=Path, default=Path(), help="where to write it (the current folder)")
+    text, example = "try on a tiny base what every plugin must keep to", "kit plugins check apg"
+    add = _add(actions, "check", text, example, _plugins_check).add_argument
+    add("name", metavar="NAME", help="which plugin")
+    add("overrides", nargs="*", metavar="NAME.option=value", help="options in place of defaults")
 
 
 def _prepare(arguments: _Arguments) -> None:
@@ -330,15 +340,23 @@ def _check(arguments: _Arguments) -> None:
 
 
 def _plugins(arguments: _Arguments) -> None:
-    from kit import plugins
+    from kit.run.plugin_list import list_plugins
 
-    found = plugins.available()
-    for plugin in found.values():
-        print(f"{plugin.name:<20} {plugin.summary}\n{'':<20} {plugin.origin}")
-    if not found:
-        print("There are no plugins yet. They go in one of these folders:")
-        print("\n".join(f"  {folder}" for folder in plugins.folders()))
-        print(f"More folders can be named in {plugins.PATH_VARIABLE}.")
+    list_plugins(print)
+
+
+def _plugins_new(arguments: _Arguments) -> None:
+    from kit.run.plugin_new import write_skeleton
+
+    write_skeleton(arguments.name, arguments.folder, print)
+
+
+def _plugins_check(arguments: _Arguments) -> None:
+    from kit.run.plugin_check import check_plugin
+
+    # What is told of each video would stand between the outcomes.
+    logging.getLogger("kit").setLevel(logging.WARNING)
+    check_plugin(arguments.name, arguments.overrides, print)
 
 
 def _configure_logging() -> None:

@@ -9,8 +9,22 @@ import pytest
 
 from kit import plugins
 from kit.errors import InputError
+from kit.sampling.plugin import Plugin
 
-GOOD = '"""Nods along.\n\nMore words.\n"""\n\nplugin = "the nodding plugin"\n'
+GOOD = '''"""Nods along.
+
+More words.
+"""
+
+from kit.sampling.plugin import Plugin
+
+
+class Nod(Plugin):
+    _depth = 3
+
+
+plugin = Nod
+'''
 LOUD = '"""Must not be imported to be listed."""\n\nraise RuntimeError("no key found")\n'
 
 
@@ -31,8 +45,9 @@ def forget(*names: str) -> None:
 
 
 def test_shipped_plugins_load() -> None:
-    for name in plugins.available():
-        assert plugins.load(name) is not None
+    for name, found in plugins.available().items():
+        assert issubclass(plugins.load(name), Plugin)
+        assert found.summary.endswith("."), found.origin
 
 
 def test_plugins_are_listed_with_their_first_line(
@@ -42,23 +57,26 @@ def test_plugins_are_listed_with_their_first_line(
     package = write_plugin(tmp_path / "two/blink", "__init__", LOUD)
     write_plugin(tmp_path / "two", "silent", "plugin = 1\n")
     write_plugin(tmp_path / "two", "broken", "plugin = \n")
-    write_plugin(tmp_path / "two", "_private", GOOD)
+    (tmp_path / "two/binary.py").write_bytes(b"\0")
+    for name in ("_private", "test_nod", "conftest"):
+        write_plugin(tmp_path / "two", name, GOOD)
     (tmp_path / "two/README.md").touch()
     (tmp_path / "two/no_package").mkdir()
     use_folders(monkeypatch, tmp_path / "one", tmp_path / "two")
     found = plugins.available()
-    assert list(found) == ["blink", "broken", "nod", "silent"]
+    assert list(found) == ["binary", "blink", "broken", "nod", "silent"]
     assert found["nod"] == plugins.Found("nod", "kit.plugins.nod", nod, "Nods along.")
     assert found["blink"].origin == package
     assert found["silent"].summary == ""
     assert found["broken"].summary == "cannot be read: line 1: invalid syntax"
+    assert found["binary"].summary.startswith("cannot be read: ")
 
 
 def test_load_imports_under_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_plugin(tmp_path, "nod", GOOD)
     use_folders(monkeypatch, tmp_path)
     try:
-        assert plugins.load("nod") == "the nodding plugin"
+        assert plugins.load("nod").__module__ == "kit.plugins.nod"
         assert sys.modules["kit.plugins.nod"].__file__ == str(tmp_path / "nod.py")
     finally:
         forget("nod")
@@ -73,6 +91,13 @@ def test_load_imports_under_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("nod", "x = \n", "cannot be imported: SyntaxError"),
         ("nod", "Plugin = 1\n", "defines no `plugin`; did you mean 'Plugin'?"),
         ("nod", "", "defines no `plugin`"),
+        ("nod", "plugin = 1\n", "`plugin` is not a class that inherits kit.sampling.plugin.Plugin"),
+        ("nod", GOOD.replace("_depth", "stepp"), "'stepp' is no hook; did you mean 'step'?"),
+        (
+            "nod",
+            GOOD.replace("_depth = 3", "def step(self, x): ..."),
+            "'step' takes (self, x); should take (self, noisy, at)",
+        ),
     ],
 )
 def test_load_refuses(
@@ -123,7 +148,7 @@ def test_a_distribution_adds_a_plugin(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(InputError, match="RuntimeError: no key found"):
         plugins.load("nodder")
     write_plugin(tmp_path / "nodder_package", "__init__", "")
-    assert plugins.load("nodder") == "the nodding plugin"
+    assert plugins.load("nodder").__module__ == "nodder_package.inner.nod"
 
 
 def test_a_distribution_with_a_wrong_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +161,14 @@ def test_a_distribution_with_a_wrong_entry(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_environment_names_folders(tmp_path: Path) -> None:
     """A fresh process sees them, and a spawned worker unpickles what a plugin defines."""
-    write_plugin(tmp_path / "one", "nod", "class Nod:\n    depth = 3\n\n\nplugin = Nod\n")
+    write_plugin(tmp_path / "one", "nod", GOOD)
     write_plugin(tmp_path / "two", "blink", GOOD)
     code = """
 import multiprocessing
 from kit import plugins
 
 def depth(nod):
-    return nod.depth
+    return nod._depth
 
 if __name__ == "__main__":
     assert {"nod", "blink"} <= set(plugins.available())

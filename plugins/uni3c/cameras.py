@@ -8,11 +8,11 @@ Source: the released code of Uni3C.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple, Protocol
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 X, Y, Z = range(3)
@@ -67,6 +67,9 @@ class Trajectory:
     y_offset: float = 0.0
     z_offset: float = 0.0
     zoom: Annotated[float, Field(gt=0)] = 1.0
+
+    # Else recipes could misspell what they set.
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     def course(self, num_frames: int) -> Course:
         """Plan the course; offsets and zoom stop one frame short of their ends, as released."""

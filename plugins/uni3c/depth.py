@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kit.errors import InputError, did_you_mean
-from kit.models.repositories import resolve
+from kit.models.repositories import is_remote, resolve
 
 DEPTH, FOCAL = "depth", "focallength_px"
 """Names in files, as Depth Pro's own program writes them."""
@@ -45,8 +45,8 @@ def load_depth(file: Path, size: tuple[int, int]) -> Depth:
 
     Args:
         file: `.npy`; or `.npz` or `.safetensors` with `depth`, and `focallength_px` if known.
-        size: height and width of the picture; another depth map is stretched to it, without mixing
-            what is near with what is far.
+        size: height and width of the picture as the video shows it; the depth map is enlarged and
+            cut as a portrait is, without mixing what is near with what is far.
 
     Raises:
         InputError: it cannot be read, or holds no depth.
@@ -65,8 +65,42 @@ def load_depth(file: Path, size: tuple[int, int]) -> Depth:
         raise InputError(f"depth '{file}' has the shape {shape}; valid: height, width")
     if not (depth.isfinite() & (depth > 0)).all():
         raise InputError(f"depth '{file}' holds numbers that are not above 0, or no numbers")
-    focal = float(found[FOCAL]) * size[1] / depth.shape[1] if FOCAL in found else None
-    return Depth(F.interpolate(depth[None, None], size, mode="nearest-exact")[0, 0], focal)
+    scale = max(size[0] / depth.shape[0], size[1] / depth.shape[1])
+    focal = float(found[FOCAL]) * scale if FOCAL in found else None
+    return Depth(_fit(depth, scale, size), focal)
+
+
+def _fit(depth: Tensor, scale: float, size: tuple[int, int]) -> Tensor:
+    """Enlarge until the size is covered, and cut out the middle; as `kit.data.buckets.fit`."""
+    covering = [math.ceil(scale * length) for length in depth.shape]
+    enlarged = F.interpolate(depth[None, None], covering, mode="nearest-exact")[0, 0]
+    top, left = (round((old - new) / 2) for old, new in zip(covering, size, strict=True))
+    return enlarged[top : top + size[0], left : left + size[1]]
+
+
+def measure_depth(path: str, image: Tensor) -> Depth:
+    """Read the depth of a picture from a file, or ask a network for it.
+
+    Args:
+        path: see `load_depth` and `estimate_depth`.
+        image: -1 to 1. [3, H, W]
+    """
+    file, (height, width) = Path(path), image.shape[1:]
+    if file.is_file():
+        return load_depth(file, (height, width))
+    return estimate_depth(path, image, image.device)
+
+
+def require_depth(path: str, size: tuple[int, int]) -> None:
+    """Check what can tell depth before it is needed; repositories on the hub are not looked at.
+
+    Raises:
+        InputError: it is no file with the depth of a picture, and no network.
+    """
+    if Path(path).is_file():
+        load_depth(Path(path), size)
+    elif not is_remote(path):
+        _kind(resolve(path, "depth", MODEL_FILES))
 
 
 def _load_npy(file: Path) -> dict[str, Tensor]:

@@ -148,14 +148,25 @@ def render(
         keep_first: the first frame is the picture itself, without holes, as the controller saw it
             in training.
     """
-    size = (depth.shape[0], depth.shape[1])
-    radius = radius or max(RADIUS, 2 * MIN_PIXELS / min(size))
     cloud = lift(image, contract_depth(depth), cameras.intrinsics[0], cameras.w2c[0])
+    filmed = film(cloud, cameras, (depth.shape[0], depth.shape[1]), radius)
+    return begin_with(image, filmed) if keep_first else filmed
+
+
+def film(
+    cloud: Cloud, cameras: Cameras, size: tuple[int, int], radius: float | None = None
+) -> Render:
+    """Show a cloud from a camera that moves; see `render`."""
+    radius = radius or max(RADIUS, 2 * MIN_PIXELS / min(size))
     frames = [splat(cloud, *camera, size, radius) for camera in zip(*cameras, strict=True)]
-    if keep_first:
-        frames[0] = (image, torch.zeros_like(frames[0][1]))
     pixels, holes = zip(*frames, strict=True)
     return Render(torch.stack(pixels, dim=1), torch.stack(holes, dim=1))
+
+
+def begin_with(image: Tensor, filmed: Render) -> Render:
+    """Put a picture without holes in the place of the first frame. [3, H, W]"""
+    pixels = torch.cat([image[:, None], filmed.pixels[:, 1:]], dim=1)
+    return Render(pixels, F.pad(filmed.holes[:, 1:], (0, 0, 0, 0, 1, 0)))
 
 
 def _project(cloud: Cloud, intrinsics: Tensor, w2c: Tensor) -> tuple[Tensor, Tensor]:

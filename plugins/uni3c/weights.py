@@ -45,6 +45,24 @@ def load_controller(
     Raises:
         InputError: a tensor is missing, unknown or has another shape, or it is no file of tensors.
     """
+    controller, keys = open_controller(file, num_heads)
+    with open_tensors(file, device) as read:
+        state = {name: read(key).to(dtype) for name, key in keys.items()}
+    controller.load_state_dict(state, assign=True)
+    return controller.requires_grad_(False).eval()
+
+
+def open_controller(
+    file: Path, num_heads: int | None = None
+) -> tuple[Controller, Mapping[str, str]]:
+    """Build the controller that a file holds, without reading any tensor.
+
+    Returns:
+        It, without memory; and the file's keys by the names of its parameters.
+
+    Raises:
+        InputError: as `load_controller`.
+    """
     header = read_header(file)
     keys = {released_name(key): key for key in header.tensors}
     shapes = {name: header.tensors[key].shape for name, key in keys.items()}
@@ -55,10 +73,7 @@ def load_controller(
         raise InputError(f"'{file}' is no controller of Uni3C: {error}") from error
     controller = empty_controller(sizes)
     require_match(file, shapes, controller)
-    with open_tensors(file, device) as read:
-        state = {name: read(key).to(dtype) for name, key in keys.items()}
-    controller.load_state_dict(state, assign=True)
-    return controller.requires_grad_(False).eval()
+    return controller, keys
 
 
 def released_name(key: str) -> str:
