@@ -28,7 +28,8 @@ from kit.recipe import json_schema
 from kit.run.fit import fit
 from kit.run.parts import build_fit
 from kit.run.recipes import FIT, SAMPLE, read_as
-from kit.run.sample import build_sample, load_with_adapter, sample
+from kit.run.processes import Place, load_for_sampling
+from kit.run.sample import build_sample, sample
 from kit.run.scenes import load_portrait, load_track, one_speaker
 from kit.sampling.frames import to_pictures
 from kit.sampling.pipeline import no_progress
@@ -109,7 +110,7 @@ def frames_by_hand(words: Sequence[str]) -> Tensor:
     source, size = load_portrait(Path(recipe["image"]), recipe["buckets"])
     track = load_track(Path(recipe["audio"]), base.geometry.fps)
     scene = one_speaker(recipe["text"], track, source, size, base.geometry)
-    denoiser = load_with_adapter(base, recipe["adapter"], CPU)
+    denoiser = load_for_sampling(base, recipe["adapter"], Place(0, 1, CPU))
     made = sampler.sample(denoiser, base.load_encoders(CPU), scene, recipe["seed"], no_progress)
     return torch.from_numpy(np.concatenate([to_pictures(pixels) for pixels, _ in made]))
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from kit.data.media import VideoWriter
 from kit.models.base import Base, Denoiser, Encoders
 from kit.run.recipes import SAMPLE, read_as
-from kit.run.sample import build_sample, load_with_adapter
+from kit.run.processes import Place, load_for_sampling
+from kit.run.sample import build_sample
 from kit.sampling.frames import to_pictures
 from kit.sampling.pipeline import TalkSampler, no_progress
 from kit.sampling.scene import Scene
@@ -57,7 +58,7 @@ def open_studio(overrides: tuple[str, ...], recipe: str = FROM_PORTRAIT) -> Stud
     checked = read_as(recipe, overrides, SAMPLE)
     base, sampler = build_sample(checked)
     device = torch.device("cpu")
-    denoiser = load_with_adapter(base, checked["adapter"], device)
+    denoiser = load_for_sampling(base, checked["adapter"], Place(0, 1, device))
     return Studio(base, sampler, denoiser, base.load_encoders(device))
 
 

@@ -3,14 +3,16 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from kit.adapters.lora import adapter_key
+from kit.adapters.files import load_adapter
+from kit.adapters.lora import adapter_key, apply_adapter
 from kit.devices import choose_device
 from kit.models.base import Base, Denoiser
 from kit.models.hollow import fill, to_meta
@@ -25,6 +27,16 @@ class Place(NamedTuple):
     world: int
     device: torch.device
 
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        if self.world > 1:
+            distributed.barrier()
+
+
+def num_processes() -> int:
+    """Count the processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
 
 @contextmanager
 def joined(wanted_device: str) -> Iterator[Place]:
@@ -33,7 +45,7 @@ def joined(wanted_device: str) -> Iterator[Place]:
     Args:
         wanted_device: `auto`, `cpu` or `cuda`.
     """
-    device, world = choose_device(wanted_device), int(os.environ.get("WORLD_SIZE", 1))
+    device, world = choose_device(wanted_device), num_processes()
     if world == 1:
         yield Place(0, 1, device)
         return
@@ -79,3 +91,35 @@ def distribute_base(
         names = {adapter_key(name): name for name, _ in denoiser.named_parameters()}
         values = ((name, start.get(name, value)) for name, value in base.parameters())
         fill(denoiser, values, names, device)
+
+
+def load_for_sampling(
+    base: Base,
+    adapter: str | None,
+    place: Place,
+    *,
+    is_sharded: bool = False,
+    waits_at: torch.device | None = None,
+) -> Denoiser:
+    """Load a denoiser for the processes that make a video together.
+
+    Args:
+        base: whose denoiser.
+        adapter: file of a trained one, if there is one.
+        place: of this process.
+        is_sharded: each process holds a share of the weights.
+        waits_at: where the denoiser is until its turn; where it computes if absent.
+    """
+    tensors, kind = dict[str, Tensor](), "lora"
+    if adapter is not None:
+        tensors, info = load_adapter(Path(adapter))
+        kind = info.kind
+    load, where = base.load_denoiser, waits_at or place.device
+    denoiser = base.hollow_denoiser() if is_sharded else load(where)
+    if tensors:
+        apply_adapter(denoiser, tensors, kind)
+    if is_sharded:
+        mesh = init_device_mesh(place.device.type, (place.world,))
+        distribute_base(base, denoiser.requires_grad_(False), tensors, mesh, place.device)
+    share_frames(denoiser, place.world)
+    return denoiser.eval()

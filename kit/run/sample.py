@@ -13,17 +13,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kit.adapters.files import load_adapter
-from kit.adapters.lora import apply_adapter, require_fit
+from kit.adapters.lora import require_fit
 from kit.batch import SAMPLE_RATE
 from kit.data.media import probe
-from kit.devices import choose_device
 from kit.errors import InputError
 from kit.metrics.video_report import Measure, VideoReport
-from kit.models.base import Base, Denoiser, Geometry
+from kit.models.base import Base, Geometry
 from kit.recipe import Recipe
 from kit.run.bases import adapter_files
 from kit.run.parts import quantisation_problems
 from kit.run.plugins import build_sampler, plugin_files, require_plugins
+from kit.run.processes import Place, joined, load_for_sampling, num_processes
 from kit.run.recipes import SAMPLE, read_as
 from kit.run.request import Request, load_tracks, place_speakers, read_request
 from kit.run.scenes import Size, build_measure, load_portrait, no_reference, open_video
@@ -31,6 +31,7 @@ from kit.run.unfinished import UnfinishedVideo, identify
 from kit.sampling.chunks import Chunk
 from kit.sampling.frames import to_pictures
 from kit.sampling.pipeline import TalkSampler
+from kit.sampling.plugin import INSIDE
 from kit.sampling.scene import Scene, Source
 
 
@@ -63,8 +64,10 @@ def sample(
     base, sampler = build_sample(checked)
     out = Path(checked["out"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    frames = _make(checked, base, sampler, out, report, keeps_frames=is_measured)
-    if is_measured:
+    with joined(checked["device"]) as place:
+        told = report if place.rank == 0 else tell_nobody
+        frames = _make(checked, base, sampler, out, told, place, keeps_frames=is_measured)
+    if is_measured and place.rank == 0:
         numbers = _measure(checked, base, sampler, frames)
         path = out.with_suffix(".report.json")
         numbers.write(path)
@@ -89,6 +92,7 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
             f"sampling.continuity: '{sampler.continuity}' needs a picture or video to go on from; "
             "take source"
         )
+    problems += _process_problems(recipe, sampler)
     if problems:
         raise InputError("\n".join(problems))
     size, has_reference = _shape(recipe, base.geometry.fps)
@@ -101,6 +105,22 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
         if unfit:
             raise InputError("\n".join(unfit))
     return base, sampler
+
+
+def _process_problems(recipe: Recipe, sampler: TalkSampler) -> list[str]:
+    """Say what does not go with several processes, in words."""
+    found, form = [], recipe.values["base"].get("quantise")
+    if sampler.shard and form is not None:
+        found.append(f"sampling.shard: weights in {form} cannot be cut; leave one of them out")
+    if sampler.shard and sampler.offload:
+        found.append("sampling.offload: each process has only a share to put away; leave shard out")
+    inner = [name for hook in INSIDE for name in sampler.hooks.having(hook)]
+    if num_processes() > 1 and inner:
+        found.append(
+            f"plugins.{inner[0]}: looks into the denoiser, where each process has only some of the "
+            "frames; use one process"
+        )
+    return found
 
 
 def _shape(recipe: Recipe, fps: int) -> tuple[Size, bool]:
@@ -180,6 +200,7 @@ def _make(
     sampler: TalkSampler,
     out: Path,
     report: Callable[[str], None],
+    place: Place,
     *,
     keeps_frames: bool,
 ) -> Tensor:
@@ -190,30 +211,40 @@ def _make(
     source, size = _load_source(request, recipe["buckets"], fps)
     places = place_speakers(request, size, base.geometry.pixel_stride)
     scene = Scene(request.text, tracks, source, places, has_reference=request.size is None)
-    device = choose_device(recipe["device"])
 
     total = tracks.shape[1] * fps // SAMPLE_RATE
     chunks = sampler.plan(total)
     if request.video is not None and (seconds := probe(request.video).seconds) < total / fps:
         report(f"{request.video} ends after {seconds:.2f} s; its last picture is used from there")
     report(f"{out}: {total} frames of {size[1]}x{size[0]} in {len(chunks)} chunks")
-    video = UnfinishedVideo(out, identify(recipe, _inputs(recipe)), fps, size)
+    identity, is_first = identify(recipe, _inputs(recipe)), place.rank == 0
+    video = UnfinishedVideo(out, identity, fps, size, writes=is_first)
+    place.wait()  # until all have seen how far the video is
     if video.progress is not None:
         report(f"{video.folder}: {video.progress.next_chunk} of {len(chunks)} chunks are there")
     # One place for all from the start: chunks in a list would be held twice when joined.
     frames = torch.empty(total if keeps_frames else 0, *size, 3, dtype=torch.uint8)
     done = _copy(video.frames(), frames, 0) if keeps_frames else 0
     steps = len(sampler.sigmas) - 1
-    with _kept(video, tracks.sum(0)), tqdm(total=len(chunks) * steps, unit="step") as bar:
+    total_steps = len(chunks) * steps
+    with (
+        _kept(video, tracks.sum(0)),
+        tqdm(total=total_steps, unit="step", disable=not is_first) as bar,
+    ):
         bar.update(steps * video.progress.next_chunk if video.progress else 0)
 
         def advance(chunk: Chunk, step: int) -> None:
             bar.set_description(f"chunk {chunk.index + 1}/{len(chunks)}")
             bar.update()
 
-        waits_at = torch.device("cpu") if sampler.offload else device
-        denoiser = load_with_adapter(base, recipe["adapter"], waits_at)
-        encoders = base.load_encoders(device)
+        denoiser = load_for_sampling(
+            base,
+            recipe["adapter"],
+            place,
+            is_sharded=sampler.shard and place.world > 1,
+            waits_at=torch.device("cpu") if sampler.offload else place.device,
+        )
+        encoders = base.load_encoders(place.device)
         seed = recipe["seed"]
         made = sampler.sample(denoiser, encoders, scene, seed, advance, video.progress)
         for pixels, progress in made:
@@ -242,6 +273,10 @@ def _kept(video: UnfinishedVideo, speech: Tensor) -> Iterator[None]:
         ) from None
 
 
+def tell_nobody(line: str) -> None:
+    """Leave the telling to the first process."""
+
+
 def _copy(pictures: np.ndarray, frames: Tensor, start: int) -> int:
     frames[start : start + len(pictures)] = torch.from_numpy(pictures)
     return len(pictures)
@@ -255,12 +290,3 @@ def _measure(recipe: Recipe, base: Base, sampler: TalkSampler, frames: Tensor) -
         return measure.report(frames, load_tracks(request, fps), fps, starts)
     except InputError as error:
         raise InputError(f"{recipe['out']} is finished, but not measured: {error}") from error
-
-
-def load_with_adapter(base: Base, adapter: str | None, device: torch.device) -> Denoiser:
-    """Load a base's denoiser, with a trained adapter if there is one."""
-    denoiser = base.load_denoiser(device)
-    if adapter is not None:
-        tensors, info = load_adapter(Path(adapter))
-        apply_adapter(denoiser, tensors, info.kind)
-    return denoiser.eval()

@@ -25,20 +25,27 @@ class UnfinishedVideo:
         identity: what it is made from; chunks of another video are thrown away.
         fps: frames per second.
         size: height and width in pixels.
+        writes: False for processes that only follow the one that writes.
     """
 
-    def __init__(self, out: Path, identity: str, fps: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self, out: Path, identity: str, fps: int, size: tuple[int, int], *, writes: bool = True
+    ) -> None:
         self.folder = out.with_suffix(".partial")
         self._out = out
         self._identity = identity
         self._fps = fps
         self._size = size
+        self._writes = writes
         self.progress = self._load_progress()
-        if self.progress is None:
+        if self.progress is None and writes:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, pictures: np.ndarray, progress: Progress) -> None:
         """Keep a chunk's frames, uint8 [T, height, width, 3], and what the next one needs."""
+        if not self._writes:
+            self.progress = progress
+            return
         height, width = self._size
         path = self._part(progress.next_chunk - 1)
         with VideoWriter(path, fps=self._fps, height=height, width=width) as writer:
@@ -58,11 +65,13 @@ class UnfinishedVideo:
 
     def join(self, speech: Tensor, path: Path | None = None) -> None:
         """Put the finished chunks together with their sound, in `out` or in another file."""
-        join_videos(self._parts(), path or self._out, fps=self._fps, speech=speech)
+        if self._writes:
+            join_videos(self._parts(), path or self._out, fps=self._fps, speech=speech)
 
     def remove(self) -> None:
         """Take the chunks away."""
-        shutil.rmtree(self.folder)
+        if self._writes:
+            shutil.rmtree(self.folder)
 
     def _parts(self) -> list[Path]:
         count = self.progress.next_chunk if self.progress else 0

@@ -80,6 +80,8 @@ class TalkSampler:
         remember: keep what all steps of a chunk share; False computes it in each step again.
         offload: keep the denoiser in the memory of the CPU while the encoders work, which then have
             a GPU to themselves.
+        shard: with several processes, distribute the denoiser's weights over them too, each block
+            put together only while it works.
 
     Source: InfiniteTalk, its released sampling loop; defaults are its 480 p settings.
     """
@@ -103,6 +105,7 @@ class TalkSampler:
         together: bool = True,
         remember: bool = True,
         offload: bool = False,
+        shard: bool = False,
     ) -> None:
         self.hooks = hooks
         self.own_sigmas = sigma_schedule(steps, shift)
@@ -120,6 +123,7 @@ class TalkSampler:
         self.together = together
         self.remember = remember
         self.offload = offload
+        self.shard = shard
 
     def problems(self, frame_stride: int) -> list[str]:
         """List what is wrong with the options for a base's frame stride, in words."""

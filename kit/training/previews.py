@@ -110,24 +110,27 @@ class Previews(Callback):
         """Make a preview where it is due."""
         step = trainer.global_step
         due = step % self.settings.every == 0 or step == trainer.max_steps
-        if step == self._last_step or not due or not trainer.is_global_zero:
+        if step == self._last_step or not due:
             return
         self._last_step = step
         assert isinstance(pl_module, Fitting)
         path = self.folder / f"step-{step:08d}.mp4"
         pl_module.network.eval()
+        # Processes that share the network all make the preview, and the first one keeps it.
         with self.ema.applied(pl_module):
-            frames, tracks = self._make(_as_trained(pl_module, trainer), path)
+            frames, tracks = self._make(_as_trained(pl_module, trainer))
         pl_module.network.train()
+        if not trainer.is_global_zero:
+            return
+        self._save(frames, tracks.sum(0), path)
         report = self._measured(frames, tracks, path)
         if isinstance(trainer.logger, TensorBoardLogger):
             writer = trainer.logger.experiment
             _log(writer, frames, tracks.sum(0), step, self.fps)
             _log_numbers(writer, report, step)
 
-    def _make(self, denoiser: Predict, path: Path) -> tuple[np.ndarray, Tensor]:
+    def _make(self, denoiser: Predict) -> tuple[np.ndarray, Tensor]:
         """Make a preview; gives its pictures and tracks. [T, height, width, 3], [S, samples]"""
-        path.parent.mkdir(parents=True, exist_ok=True)
         scene, encoders = self.load_scene(), self.load_encoders()
         chunks = [
             to_pictures(pixels)
@@ -136,11 +139,13 @@ class Previews(Callback):
             )
         ]
         encoders.release()
-        frames, speech = np.concatenate(chunks), scene.tracks.sum(0)
+        return np.concatenate(chunks), scene.tracks
+
+    def _save(self, frames: np.ndarray, speech: Tensor, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         height, width = frames.shape[1:3]
         with VideoWriter(path, fps=self.fps, height=height, width=width, speech=speech) as writer:
             writer.write(frames)
-        return frames, scene.tracks
 
     def _measured(self, frames: np.ndarray, tracks: Tensor, path: Path) -> VideoReport | None:
         """Measure a preview and write its numbers beside it."""
