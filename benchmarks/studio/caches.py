@@ -8,7 +8,6 @@ spent in the denoiser; the error is that of the pixels against the film without 
 """
 
 import argparse
-import copy
 import json
 import logging
 import math
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from evaluate import film_opening
-from filming import Studio, film, open_studio
+from filming import Studio, film, open_studio, with_plugins
 from scenes import SPEECH, known, takes, to_scene
 from torch import Tensor
 
@@ -31,7 +30,6 @@ from kit.metrics.sync import lip_sync, speech_envelope
 from kit.models.base import Denoiser
 from kit.models.inside import Entry, Update
 from kit.sampling.caching import magnitude_ratio, relative_change, run_or_reuse
-from kit.sampling.hooks import Hooks
 from kit.sampling.plugin import At, Plugin
 from kit.studio.mouth import FPS
 from kit.studio.scenes import Take
@@ -143,7 +141,9 @@ def measure_changes(studio: Studio, fitted: Sequence[Take]) -> list[Change]:
     """Film without a cache, and note what changes from step to step."""
     measuring = Measuring()
     for number, take in enumerate(fitted):
-        film(with_plugin(studio, measuring), to_scene(take, studio.base.geometry), number)
+        film(
+            with_plugins(studio, {"cache": measuring}), to_scene(take, studio.base.geometry), number
+        )
     return measuring.changes
 
 
@@ -175,13 +175,6 @@ def load(name: str, threshold: float, **options: Any) -> Plugin:
     return plugins.load(name)(threshold=threshold, **options)
 
 
-def with_plugin(studio: Studio, plugin: Plugin) -> Studio:
-    """Use a plugin in a studio."""
-    sampler = copy.copy(studio.sampler)
-    sampler.hooks = Hooks({"cache": plugin})
-    return replace(studio, sampler=sampler)
-
-
 def measure_take(
     studio: Studio, take: Take, seed: int, cases: dict[str, Plugin]
 ) -> Iterator[tuple[str, Numbers]]:
@@ -189,7 +182,7 @@ def measure_take(
     facts, plain = known(take, 0), None
     for case, plugin in {"none": Plugin(), **cases}.items():
         timed = Timed(studio.denoiser)
-        used = replace(with_plugin(studio, plugin), denoiser=timed)
+        used = replace(with_plugins(studio, {"cache": plugin}), denoiser=timed)
         made = film(used, to_scene(take, studio.base.geometry), seed)
         timed.close()
         plain = plain or made

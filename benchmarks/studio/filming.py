@@ -1,5 +1,7 @@
 """The base under measurement, loaded once in each process, and what it films."""
 
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -10,11 +12,13 @@ from torch import Tensor
 
 from kit.data.media import VideoWriter
 from kit.models.base import Base, Denoiser, Encoders
-from kit.run.recipes import SAMPLE, read_as
 from kit.run.processes import Place, load_for_sampling
+from kit.run.recipes import SAMPLE, read_as
 from kit.run.sample import build_sample
 from kit.sampling.frames import to_pictures
+from kit.sampling.hooks import Hooks
 from kit.sampling.pipeline import TalkSampler, no_progress
+from kit.sampling.plugin import Plugin
 from kit.sampling.scene import Scene
 from kit.studio.mouth import FPS
 
@@ -60,6 +64,13 @@ def open_studio(overrides: tuple[str, ...], recipe: str = FROM_PORTRAIT) -> Stud
     device = torch.device("cpu")
     denoiser = load_for_sampling(base, checked["adapter"], Place(0, 1, device))
     return Studio(base, sampler, denoiser, base.load_encoders(device))
+
+
+def with_plugins(studio: Studio, plugins: Mapping[str, Plugin]) -> Studio:
+    """Use plugins in a studio, in this order."""
+    sampler = copy(studio.sampler)
+    sampler.hooks = Hooks(plugins)
+    return replace(studio, sampler=sampler)
 
 
 def film(studio: Studio, scene: Scene, seed: int) -> Film:

@@ -109,7 +109,6 @@ class TalkSampler:
     ) -> None:
         self.hooks = hooks
         self.own_sigmas = sigma_schedule(steps, shift)
-        self.sigmas = hooks.sigmas(self.own_sigmas)
         self.text_scale = text_scale
         self.audio_scale = audio_scale
         self.num_frames = num_frames
@@ -124,6 +123,11 @@ class TalkSampler:
         self.remember = remember
         self.offload = offload
         self.shard = shard
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise levels to visit, from 1 or where a plugin begins down to 0. [steps + 1]"""
+        return self.hooks.sigmas(self.own_sigmas)
 
     def problems(self, frame_stride: int) -> list[str]:
         """List what is wrong with the options for a base's frame stride, in words."""
