@@ -52,6 +52,8 @@ class Line(Task):
 class Descent:
     """Plain gradient descent."""
 
+    is_elementwise = True
+
     def optimizer(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters.values(), lr=0.5)
 

@@ -139,6 +139,9 @@ def test_references_follow_the_source_and_colours_its_first_frame(
             asked.append(index)
             return 0.1 * to_pixels(PORTRAIT)[:, :32, :32] + 0.03 * index
 
+        def again(self) -> "Brightening":
+            return self
+
     scene = replace(make_scene(17), source=Brightening())
     video = torch.cat(sample(make_sampler(steps=1), denoiser, tiny_encoders, scene))
     assert asked == [0, 0, 4, 8]

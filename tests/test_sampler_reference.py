@@ -120,6 +120,9 @@ class SourceFrames:
     def frame(self, index: int) -> Tensor:
         return self.stills[min(index, len(self.stills) - 1)].frame(0)
 
+    def again(self) -> "SourceFrames":
+        return self
+
 
 class Recording(nn.Module):
     """A denoiser that keeps what it predicted. Each prediction: [branches, C, F, H, W]"""

@@ -37,8 +37,7 @@ def adapter(name: str) -> dict[str, torch.Tensor]:
     return load_file(f"runs/{name}/adapter.safetensors")
 
 
-def assert_alike(name: str, other: str, **tolerance: float) -> None:
-    limits = {"rtol": 0.0, "atol": 1e-5, **tolerance}
+def assert_alike(name: str, other: str, atol: float = 1e-5) -> None:
     for column in ("loss/velocity", "grad_norm", "lr", "samples"):
         torch.testing.assert_close(
             course(name, column), course(other, column), rtol=1e-5, atol=1e-5
@@ -46,7 +45,7 @@ def assert_alike(name: str, other: str, **tolerance: float) -> None:
     one, two = adapter(name), adapter(other)
     assert one.keys() == two.keys()
     for key in one:
-        torch.testing.assert_close(one[key], two[key], **limits)
+        torch.testing.assert_close(one[key], two[key], rtol=0.0, atol=atol)
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,9 @@ class ClipSource:
     def frame(self, index: int) -> Tensor:
         return to_pixels(CLIP[index])
 
+    def again(self) -> "ClipSource":
+        return self
+
 
 class PerfectDenoiser(nn.Module):
     """Knows the clip, so that sampling passes through exactly the states that training draws."""
