@@ -59,7 +59,7 @@ class AttentionGuidance(Plugin):
 
     def problems(self, setup: Setup) -> list[str]:
         """Refuse a window without steps."""
-        return self.gate.problems()
+        return self.gate.problems(setup)
 
     def open(self, run: Run) -> None:
         """Encode the negative text, unless it is the sampler's."""

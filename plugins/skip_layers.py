@@ -51,7 +51,7 @@ class SkipLayerGuidance(Plugin):
     def problems(self, setup: Setup) -> list[str]:
         """Refuse blocks that the base does not have."""
         count = len(setup.denoiser.blocks())
-        return self.gate.problems() + [
+        return self.gate.problems(setup) + [
             f"layers: {layer} is no block of this base; valid: 0 to {count - 1}"
             for layer in self.layers
             if layer >= count

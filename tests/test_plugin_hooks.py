@@ -12,7 +12,7 @@ from kit.batch import Conditions
 from kit.draws import draw_normal
 from kit.guidance import drop_audio
 from kit.models.attention import KeysValues
-from kit.models.base import Encoders
+from kit.models.base import Encoders, Geometry
 from kit.models.inside import Entry, Layer, Update
 from kit.models.wan import Wan
 from kit.sampling.continuity import Ends
@@ -312,9 +312,21 @@ def test_gates(film: Film) -> None:
     assert [first.is_open(at(step, 1)) for step in range(5)] == [True] + 4 * [False]
     early = Gate(1.0, 0.9, "sigma")
     assert [early.is_open(at(0, sigma)) for sigma in (1.0, 0.95, 0.9)] == [True, True, False]
-    assert Gate(0.5, 0.5).problems() == ["start: 0.5 is not below end: 0.5, in the unit 'step'"]
-    assert Gate(0.5, 0.9, "sigma").problems() != []
-    assert early.problems() == []
+
+def test_gates_without_a_step_are_told(denoiser: Wan) -> None:
+    setup = make_setup(denoiser)
+    assert Gate(0.5, 0.5).problems(setup) == [
+        "start: 0.5 is not below end: 0.5, in the unit 'step'"
+    ]
+    assert Gate(0.5, 0.9, "sigma").problems(setup) == [
+        "start: 0.5 is not above end: 0.9, in the unit 'sigma'"
+    ]
+    assert Gate(0.01, 0.2).problems(setup) == [
+        "start: 0.01, end: 0.2: none of the 3 steps lies between them"
+    ]
+    assert Gate(0.99, 0.98, "sigma").problems(setup) != []
+    assert Gate(1.0, 0.98, "sigma").problems(setup) == []
+    assert Gate(0.0, 0.2).problems(setup) == []
 
 
 class Keeping(Plugin):
@@ -385,7 +397,8 @@ def test_guidance_of_a_plugin(film: Film) -> None:
 
 
 def make_setup(denoiser: Wan, *names: str) -> Setup:
-    return Setup(denoiser, None, {}, (32, 32), True, names)  # type: ignore[arg-type]
+    sampling = {"steps": STEPS, "shift": 7.0}
+    return Setup(denoiser, Geometry(), sampling, (32, 32), True, names)
 
 
 def test_conflicts_are_told_by_name(denoiser: Wan) -> None:

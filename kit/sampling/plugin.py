@@ -30,6 +30,7 @@ from kit.models.inside import Entry, Layer, Update
 from kit.sampling.chunks import Chunk
 from kit.sampling.continuity import Ends
 from kit.sampling.scene import EncodedScene, Scene
+from kit.solvers import sigma_schedule
 
 Attend = Callable[[Tensor, KeysValues], Tensor]
 """Mixes values: queries [B, N, h, d] and what they look at -> [B, N, h * d]."""
@@ -328,19 +329,27 @@ class Gate:
     end: float
     unit: Literal["step", "sigma"] = "step"
 
-    def problems(self) -> list[str]:
-        """Say, in words, if there is no step in it."""
-        first, last = (self.start, self.end) if self.unit == "step" else (self.end, self.start)
-        if first < last:
+    def problems(self, setup: Setup) -> list[str]:
+        """Say, in words, if none of the sampler's steps lies in it."""
+        is_rising = self.unit == "step"
+        first, last = (self.start, self.end) if is_rising else (self.end, self.start)
+        given, order = f"start: {self.start}", "below" if is_rising else "above"
+        if first >= last:
+            return [f"{given} is not {order} end: {self.end}, in the unit '{self.unit}'"]
+        steps = setup.sampling["steps"]
+        levels = sigma_schedule(steps, setup.sampling["shift"])[:-1].tolist()
+        if any(self._holds(step / steps, sigma) for step, sigma in enumerate(levels)):
             return []
-        order = "below" if self.unit == "step" else "above"
-        return [f"start: {self.start} is not {order} end: {self.end}, in the unit '{self.unit}'"]
+        return [f"{given}, end: {self.end}: none of the {steps} steps lies between them"]
 
     def is_open(self, at: At) -> bool:
         """Say whether a step lies in it."""
+        return self._holds(at.step / at.num_steps, at.sigma)
+
+    def _holds(self, share: float, sigma: float) -> bool:
         if self.unit == "sigma":
-            return self.start >= at.sigma > self.end
-        return self.start <= at.step / at.num_steps < self.end
+            return self.start >= sigma > self.end
+        return self.start <= share < self.end
 
 
 def hooks_of(plugin: Plugin | type[Plugin]) -> tuple[str, ...]:

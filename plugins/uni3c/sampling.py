@@ -111,7 +111,7 @@ class Uni3C(Plugin):
 
     def problems(self, setup: Setup) -> list[str]:
         """List options that do not go together, and what does not fit the base or the picture."""
-        found = self._option_problems() + self.gate.problems()
+        found = self._option_problems() + self.gate.problems(setup)
         if not setup.has_reference:
             found.append("there is no picture to move in: the run has neither image nor video")
         if self.depth is not None:
