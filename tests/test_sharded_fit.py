@@ -4,14 +4,16 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from kit.data.media import iter_frames
 from kit.errors import InputError
 from kit.run.fit import fit
 from tests.processes import run_together
-from tests.test_fit import RECIPE, overrides
+from tests.test_fit import RECIPE, SHORT_PREVIEWS, overrides
 
 STEPS = 6
 
@@ -65,6 +67,22 @@ def test_two_processes_that_share_each_video_equal_one(encoded_shards: Path) -> 
     train(words(encoded_shards, "alone"))
     run_together(2, train, words(encoded_shards, "shared", **{"trainer.split_frames": 2}))
     assert_alike("shared", "alone")
+
+
+def test_previews_are_made_together_and_written_once(encoded_shards: Path) -> None:
+    options = {"trainer.max_steps": 2, **SHORT_PREVIEWS}
+    alone, together = (
+        [word for word in words(encoded_shards, name, **options) if word != "preview=null"]
+        for name in ("alone", "together")
+    )
+    train([*alone, "trainer.accumulate=2"])
+    run_together(2, train, together)
+    for step in (1, 2):
+        one, other = (
+            np.stack(list(iter_frames(Path(f"runs/{name}/previews/step-{step:08d}.mp4"), 25)))
+            for name in ("alone", "together")
+        )
+        assert np.abs(one.astype(int) - other.astype(int)).mean() < 0.5
 
 
 def test_one_sharded_process_equals_none(encoded_shards: Path) -> None:
