@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sparse_base import WIDTH_14B, write_base
 from torch import nn
 
 from kit.adapters.consumers import UNSUPPORTED
@@ -29,7 +30,6 @@ from kit.adapters.lora import Lora, adapter_tensors, trained_parameters
 from kit.adapters.verify import verify
 from kit.draws import draw_normal
 from kit.models.audio import AudioSizes
-from kit.models.keys import is_audio, public_name
 from kit.models.wan import Wan
 from kit.models.wan_base import WanBase
 from kit.run.export import Settings, export
@@ -44,10 +44,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "loha": {"kind": "loha"},
     "lokr": {"kind": "lokr"},
 }
-WIDTH_14B = {
-    "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 36, "out_channels": 16,
-    "ffn_dim": 13824, "image_dim": 1280, "added_kv_proj_dim": 5120,
-}  # fmt: skip
 BLOCKS, BLOCKS_14B = 4, 40
 
 
@@ -113,7 +109,7 @@ def measure_merge() -> dict[str, float]:
         with torch.device("meta"):
             model = Wan({**WIDTH_14B, "num_layers": BLOCKS}, audio=AudioSizes())
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        write_base(folder / "wan", shapes)
+        write_base(folder / "wan", shapes, BLOCKS)
         adapter = draw_factors(folder, model)
         arguments = [sys.executable, "-m", "kit", "export", str(adapter), "--to", "wan"]
         started = time.perf_counter()
@@ -131,30 +127,6 @@ def measure_merge() -> dict[str, float]:
     }
     print(json.dumps(found, indent=1))
     return found
-
-
-def write_base(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Write files that are all zeros, which take no room on a disk."""
-    folder.mkdir()
-    parts: dict[str, dict[str, tuple[int, ...]]] = {
-        "infinitetalk.safetensors": {},
-        "diffusion_pytorch_model.safetensors": {},
-    }
-    for name, shape in shapes.items():
-        file = "infinitetalk" if is_audio(name) else "diffusion_pytorch_model"
-        parts[f"{file}.safetensors"][public_name(name) or name] = shape
-    for file, tensors in parts.items():
-        header, end = {}, 0
-        for key, shape in tensors.items():
-            start, end = end, end + 2 * torch.Size(shape).numel()
-            header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        with (folder / file).open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            out.truncate(8 + len(text) + end)
-    sizes = {"model_type": "i2v", "dim": 5120, "num_heads": 40, "ffn_dim": 13824, "freq_dim": 256}
-    sizes |= {"in_dim": 36, "out_dim": 16, "num_layers": BLOCKS, "eps": 1e-6, "text_len": 512}
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", **sizes}))
 
 
 def draw_factors(folder: Path, model: Wan) -> Path:

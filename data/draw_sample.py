@@ -7,6 +7,7 @@ folder where it is recorded.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from kit.studio.characters import GUESTS
 from kit.studio.drawing import paint_frames
 from kit.studio.mouth import NEUTRAL_WIDTH, Mouth
 from kit.studio.scenes import World, draw_clip, draw_still, encode_take, stage
+from kit.studio.views import draw_view, first_lens, paint_view, save_depth
 from kit.studio.voices import Corpus, build_corpus, draw_speech, write_flac
 
 GUEST = "mika"
@@ -29,6 +31,7 @@ NUM_FRAMES = 101
 PORTRAIT_HEIGHT = 256
 SPEECH_SECONDS = 12.8
 SPEAKER = 3
+ROOM = 10
 
 
 def main(words: list[str]) -> None:
@@ -46,6 +49,7 @@ def main(words: list[str]) -> None:
     corpus = Corpus(options.speech, "test")
     write_shards(options.out / "shards", corpus, options.clips, options.stills, options.frames)
     draw_portrait(options.out / "portrait.png")
+    draw_room(options.out, corpus)
     save_speech(options.out / "speech.flac", corpus)
 
 
@@ -65,6 +69,17 @@ def draw_portrait(path: Path) -> None:
     closed = Mouth(np.zeros(1), np.full(1, NEUTRAL_WIDTH))
     scene = stage(PORTRAIT_HEIGHT, [GUESTS[GUEST]], [closed], random)
     Image.fromarray(next(paint_frames(scene))).save(path)
+
+
+def draw_room(out: Path, corpus: Corpus) -> None:
+    """Draw a character in a room, and the depth of that picture, for a camera to move through."""
+    view = draw_view(World("test", SEED), ROOM, 1, corpus)
+    # Speech that is recorded anew may open the mouth otherwise.
+    part = replace(view.part, mouth=Mouth(np.zeros(1), np.full(1, NEUTRAL_WIDTH)))
+    scene = replace(view.take.scene, parts=(part,))
+    view = replace(view, take=replace(view.take, scene=scene))
+    Image.fromarray(next(paint_view(view, [first_lens(view)]))).save(out / "room.png")
+    save_depth(view, out / "room_depth.npz")
 
 
 def save_speech(path: Path, corpus: Corpus) -> None:

@@ -27,8 +27,8 @@ from kit.metrics.video_report import VideoReport, open_measure
 from kit.recipe import json_schema
 from kit.run.fit import fit
 from kit.run.parts import build_fit
-from kit.run.recipes import FIT, SAMPLE, read_as
 from kit.run.processes import Place, load_for_sampling
+from kit.run.recipes import FIT, SAMPLE, read_as
 from kit.run.sample import build_sample, sample
 from kit.run.scenes import load_portrait, load_track, one_speaker
 from kit.sampling.frames import to_pictures

@@ -85,6 +85,9 @@ def test_the_script_draws_shards_portrait_and_speech(tmp_path: Path) -> None:
     drawn = load_image(tmp_path / "portrait.png")
     assert np.array_equal(drawn, load_image(SAMPLE / "portrait.png"))
     assert len(load_speech(tmp_path / "speech.flac")) == round(12.8 * 16_000)
+    assert np.array_equal(load_image(tmp_path / "room.png"), load_image(SAMPLE / "room.png"))
+    depths = [np.load(folder / "room_depth.npz")["depth"] for folder in (tmp_path, SAMPLE)]
+    assert np.array_equal(*depths) and depths[0].shape == (64, 64)
 
 
 def test_videos_are_shown_side_by_side(clip: Path, tmp_path: Path) -> None:

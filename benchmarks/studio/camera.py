@@ -46,9 +46,9 @@ points: Any = importlib.import_module("kit.plugins.uni3c.points")
 log = logging.getLogger("camera")
 
 OUT = Path(__file__).with_suffix(".json")
-WEIGHTS = Path("data/studio_base/uni3c.safetensors")
+WEIGHTS = Path("plugins/uni3c/studio.safetensors")
 COURSES = (
-    cameras.Trajectory(x_offset=0.2),
+    cameras.Trajectory(x_offset=0.18),
     cameras.Trajectory(x_offset=-0.15, y_offset=0.08),
     cameras.Trajectory(distance=0.78),
     cameras.Trajectory(distance=1.25),
@@ -92,7 +92,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scenes", type=int, default=16)
     parser.add_argument("--frames", type=int, default=33, help="33 are one chunk, 57 are two")
-    parser.add_argument("--sigma", type=float, default=0.9, help="where SDEdit starts")
+    parser.add_argument("--sigma", type=float, default=0.65, help="where SDEdit starts")
+    parser.add_argument("--end", type=float, default=1.0, help="where Uni3C ends")
     parser.add_argument("--strip", type=Path, help="save pictures of some scenes here")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -101,7 +102,8 @@ def main() -> None:
         build_corpus(SPEECH, "test", 1200.0)
     studio, rows, pictures = open_studio(()), dict[str, list[Numbers]](), list[np.ndarray]()
     for number, shot in enumerate(shots(options.scenes, options.frames)):
-        made = {"drawn": shot.frames, **film_cases(studio, shot, number, options.sigma)}
+        filmed = film_cases(studio, shot, number, options.sigma, options.end)
+        made = {"drawn": shot.frames, **filmed}
         for case, frames in made.items():
             rows.setdefault(case, []).append(measure(shot, frames))
         if number < SHOWN_SCENES:
@@ -148,7 +150,9 @@ def open_shot(view: View, course: Any, num_frames: int) -> Shot:
     return Shot(view, course, frames, wall, requested_motion(depth, wall, *way), mouth)
 
 
-def film_cases(studio: Studio, shot: Shot, seed: int, sigma: float) -> dict[str, Tensor]:
+def film_cases(
+    studio: Studio, shot: Shot, seed: int, sigma: float, end: float
+) -> dict[str, Tensor]:
     """Make the scene's video in each case. uint8 [T, height, width, 3] each"""
     take, size = shot.view.take, (shot.frames.shape[1], shot.frames.shape[2])
     portrait = StillSource(shot.frames[0].numpy(), size)
@@ -158,7 +162,7 @@ def film_cases(studio: Studio, shot: Shot, seed: int, sigma: float) -> dict[str,
         save_depth(shot.view, depth)
         save_render(shot, render)
         uni3c = plugins.load("uni3c")(
-            weights=WEIGHTS, trajectory=shot.course, depth=str(depth), radius=1.0, end=1.0
+            weights=WEIGHTS, trajectory=shot.course, depth=str(depth), radius=1.0, end=end
         )  # type: ignore[call-arg]
         sdedit = plugins.load("sdedit")(sigma=sigma, video=str(render))  # type: ignore[call-arg]
         cases: dict[str, dict[str, Plugin]] = {
@@ -211,7 +215,8 @@ def save_strip(rows: list[np.ndarray], file: Path) -> None:
     sheet = Image.fromarray(np.concatenate(pairs))
     file.parent.mkdir(parents=True, exist_ok=True)
     size = (sheet.width * ENLARGED, sheet.height * ENLARGED)
-    sheet.resize(size, Image.Resampling.NEAREST).save(file)
+    # A hundred colours do for drawings, in a quarter of the bytes.
+    sheet.quantize(100).resize(size, Image.Resampling.NEAREST).save(file, optimize=True)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,24 @@ from kit.data.clips import RawSample
 from kit.training.task import Task
 
 
-class EncoderTask(Task):
-    """Trains encoders on raw clips and writes them as a part of a base folder."""
+class PartTask(Task):
+    """Trains a network and writes it into a base folder."""
 
     @abstractmethod
-    def losses(self, batch: list[RawSample]) -> dict[str, Tensor]:
-        """Compute the losses of a batch, scalars by name."""
-
-    @abstractmethod
-    def finish(self, batches: list[list[RawSample]]) -> None:
+    def finish(self, batches: list[Any]) -> None:
         """Measure on a few batches what only a trained network can tell."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write configuration and weights into the part's folders below a base folder."""
+        """Write configuration and weights where they belong below a base folder."""
+
+
+class EncoderTask(PartTask):
+    """Trains encoders on raw clips."""
+
+    @abstractmethod
+    def losses(self, batch: list[RawSample]) -> dict[str, Tensor]:
+        """Compute the losses of a batch, scalars by name."""
 
     def names(self, batch: list[RawSample]) -> tuple[list[str], list[list[int]]]:
         """Name the samples of a batch."""

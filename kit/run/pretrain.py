@@ -1,18 +1,19 @@
-"""`kit pretrain`: train a network around the denoiser, for a small base of our own."""
+"""`kit pretrain`: train a network around the denoiser, or one that a plugin brings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from kit.data.module import ShardData
+from kit.data.module import RunData
 from kit.errors import InputError
-from kit.pretraining.base import EncoderTask
+from kit.pretraining.base import PartTask
 from kit.recipe import Recipe
 from kit.run.fit import RUNS, not_finite
 from kit.run.parts import build_data
 from kit.run.recipes import PRETRAIN, read_as
 from kit.training.checkpoints import newest_checkpoint, require_same_recipe
+from kit.training.curves import draw_curves, read_curves
 from kit.training.ema import AdapterEMA
 from kit.training.module import Fitting, LossNotFinite
 from kit.training.optim import OptimizerSettings
@@ -25,8 +26,8 @@ BATCHES_TO_MEASURE = 16
 class PretrainParts:
     """What a pretrain recipe names, section by section."""
 
-    task: EncoderTask
-    data: ShardData
+    task: PartTask
+    data: RunData
     optimizer: OptimizerSettings
     training: Training
 
@@ -62,10 +63,12 @@ def pretrain(recipe: str, overrides: Sequence[str], report: Callable[[str], None
     parts = build_pretraining(checked)
     data, training = parts.data, parts.training
     problems = data.problems()
+    if training.is_sharded:
+        problems.append("trainer: a whole network is trained by one process, which holds all of it")
     if problems:
         raise InputError("\n".join(problems))
     folder, seed = RUNS / str(checked["name"]), checked["seed"]
-    resume = newest_checkpoint(folder / "checkpoints")
+    resume = newest_checkpoint(folder / "checkpoints", report)
     values = {**checked.values, "shards": data.digest()}
     if resume is not None:
         require_same_recipe(resume, values)
@@ -74,7 +77,8 @@ def pretrain(recipe: str, overrides: Sequence[str], report: Callable[[str], None
     (folder / "recipe.yaml").write_text(checked.text)
 
     task = parts.task
-    module = Fitting(task, parts.optimizer, seed, values).train()
+    on_host = training.has_activations_on_host
+    module = Fitting(task, parts.optimizer, seed, values, has_activations_on_host=on_host).train()
     data.prepare_run(None, seed, training.num_batches, place=(0, 1))
     ema = AdapterEMA(training.ema_decay)
     trainer = training.trainer(folder, ema, [])
@@ -82,6 +86,7 @@ def pretrain(recipe: str, overrides: Sequence[str], report: Callable[[str], None
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     except LossNotFinite as error:
         raise not_finite(error, folder) from error
+    draw_curves(read_curves(folder / "metrics.csv"), folder / "loss.png")
     if trainer.global_step < trainer.max_steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.global_step}; the same command goes on")
 

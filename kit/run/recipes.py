@@ -15,7 +15,7 @@ from kit.metrics import MEASURES
 from kit.models import BASES
 from kit.objectives import OBJECTIVES
 from kit.pretraining import TASKS
-from kit.recipe import ExistingFile, Recipe, Schema, Section, Stack, find_recipe, read
+from kit.recipe import ExistingFile, Recipe, Schema, Section, Stack, find_recipe, look_up, read
 from kit.run.request import SpeakerEntry, Turns
 from kit.sampling import SAMPLERS
 from kit.training import DROPOUTS, OPTIMIZERS, PREVIEWS, TRAINERS
@@ -31,6 +31,7 @@ _COMMON = {
     "name": (Name, ...),
     "seed": (Seed, 42),
     "buckets": (int | str | Sequence[str], "480"),
+    "when_out_of_memory": (Sequence[str], ()),
 }
 
 FIT = Schema(
@@ -110,8 +111,8 @@ def schema_of(path: str) -> Schema:
 def _keys(path: Path) -> set[str]:
     """Name the sections of a recipe and of the one it extends; `read` says what is wrong."""
     values = _top(path)
-    parent = path.parent / str(values.get("extends", ""))
-    return set(values) | (set(_top(parent)) if parent.is_file() else set())
+    parent = look_up(str(values.get("extends", "")), path.parent)
+    return set(values) | set(_top(parent) if parent else {})
 
 
 def _top(path: Path) -> dict[str, object]:

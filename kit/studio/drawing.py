@@ -80,7 +80,7 @@ def paint_frames(scene: Scene) -> Iterator[NDArray[np.uint8]]:
             ground, seen = _cut(scene, wall, frame, scale), (zoom, right, down)
         canvas = Canvas(ground.copy(), scale)
         for part, figure in zip(scene.parts, figures, strict=True):
-            head, body = place_head(scene, part, frame), _place_body(scene, part, frame)
+            head, body = place_head(scene, part, frame), place_body(scene, part, frame)
             figure.paint(canvas, head, body, pose(part, frame))
         yield canvas.picture()
 
@@ -90,6 +90,14 @@ def place_head(scene: Scene, part: Part, frame: int) -> Place:
     motion = part.motion
     moved = np.array([motion.sway[frame], motion.bob[frame]]) * part.unit
     return _place(scene, part, moved, frame, float(motion.tilt[frame]))
+
+
+def place_body(scene: Scene, part: Part, frame: int) -> Place:
+    """Locate a body in a frame, in pixels of the picture."""
+    motion = part.motion
+    sway = _BODY_SHARE * motion.sway[frame]
+    lift = _BODY_SHARE * motion.bob[frame] - motion.breath[frame]
+    return _place(scene, part, np.array([sway, lift]) * part.unit, frame, 0.0)
 
 
 def pose(part: Part, frame: int) -> Pose:
@@ -103,11 +111,15 @@ def pose(part: Part, frame: int) -> Pose:
     )
 
 
+def mouth_shape(part: Part, frame: int) -> NDArray[np.float64]:
+    """Trace the lips in a frame, in head units. [N, 2]"""
+    now = pose(part, frame)
+    return mouth_outline(now.opening, now.width, part.character.smile, _LIP)
+
+
 def mouth_box(scene: Scene, part: Part, frame: int) -> tuple[float, float, float, float]:
     """Bound the lips in a frame: left, top, right, bottom, in pixels."""
-    now = pose(part, frame)
-    outline = mouth_outline(now.opening, now.width, part.character.smile, _LIP)
-    points = place_head(scene, part, frame).pixels(outline)
+    points = place_head(scene, part, frame).pixels(mouth_shape(part, frame))
     left, top = points.min(axis=0)
     right, bottom = points.max(axis=0)
     return float(left), float(top), float(right), float(bottom)
@@ -134,13 +146,6 @@ def _part_truth(scene: Scene, part: Part, frame: int) -> dict[str, Any]:
         "eyes": round(now.eyes, 3),
         "gaze": [round(v, 3) for v in now.gaze],
     }
-
-
-def _place_body(scene: Scene, part: Part, frame: int) -> Place:
-    motion = part.motion
-    sway = _BODY_SHARE * motion.sway[frame]
-    lift = _BODY_SHARE * motion.bob[frame] - motion.breath[frame]
-    return _place(scene, part, np.array([sway, lift]) * part.unit, frame, 0.0)
 
 
 def _place(scene: Scene, part: Part, moved: NDArray[np.float64], frame: int, roll: float) -> Place:

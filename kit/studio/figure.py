@@ -6,7 +6,7 @@ import numpy as np
 
 from kit.studio.characters import CLOTHES, EYES, INK, MOUTH, SKINS, Character, blended, shaded
 from kit.studio.hair import accessory_color, back_hair, front_hair, worn_on_hair
-from kit.studio.shapes import LINE, Canvas, Floats, Place, Shape, curve, mirrored, oval
+from kit.studio.shapes import LINE, Canvas, Floats, Shape, Spot, curve, mirrored, oval
 
 WHITE = (255, 255, 255)
 
@@ -48,7 +48,7 @@ class Figure:
             *_worn_on_face(character),
         ]
 
-    def paint(self, canvas: Canvas, head: Place, body: Place, pose: Pose) -> None:
+    def paint(self, canvas: Canvas, head: Spot, body: Spot, pose: Pose) -> None:
         """Paint the character with its head and body where they are in this frame."""
         canvas.paint(self._back, head)
         canvas.paint(self._body, body)

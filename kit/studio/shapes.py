@@ -5,6 +5,7 @@ Head units: x runs from -1 to 1 across the face, y downwards from the eyes' heig
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,15 +57,33 @@ class Place:
         return points @ turn * self.unit + self.middle
 
 
-class Canvas:
-    """A picture under the brush, `scale` times larger than it will be."""
+class Spot(Protocol):
+    """Where head units lie on a canvas, by any rule."""
 
-    def __init__(self, ground: Image.Image, scale: int) -> None:
+    @property
+    def unit(self) -> float:
+        """Pixels in one head unit."""
+
+    def pixels(self, points: Floats) -> Floats:
+        """Turn head units into pixels. [N, 2]"""
+
+
+class Canvas:
+    """A picture under the brush, `scale` times larger than it will be.
+
+    Args:
+        ground: what is painted on.
+        scale: how much larger it is.
+        only: a colour in place of all others.
+    """
+
+    def __init__(self, ground: Image.Image, scale: int, only: Color | None = None) -> None:
         self._image = ground
         self._scale = scale
+        self._only = only
         self._draw = ImageDraw.Draw(ground)
 
-    def paint(self, shapes: Sequence[Shape], place: Place) -> None:
+    def paint(self, shapes: Sequence[Shape], place: Spot) -> None:
         """Paint shapes in their order."""
         # One product for all of them: the calls cost more than the numbers.
         points = place.pixels(np.concatenate([shape.points for shape in shapes])) * self._scale
@@ -74,11 +93,11 @@ class Canvas:
             outline = points[start:stop].ravel().tolist()
             start = stop
             if shape.fill is not None:
-                self._draw.polygon(outline, fill=shape.fill)
+                self._draw.polygon(outline, fill=self._only or shape.fill)
                 outline += outline[:2]
             if shape.line:
                 width = max(1, round(shape.line * place.unit * self._scale))
-                self._draw.line(outline, fill=shape.color, width=width)
+                self._draw.line(outline, fill=self._only or shape.color, width=width)
 
     def picture(self) -> NDArray[np.uint8]:
         """Reduce to the final size. RGB, [H, W, 3]"""
