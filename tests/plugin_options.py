@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from kit.draws import draw_normal
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "first_block": {"threshold": 10.0, "first_steps": 1},
     "mag_cache": {"ratios": [1.0, 1.01], "first_steps": 1},
     "skip_layers": {"layers": [1], "start": 0.0, "end": 1.0},
-    "tea_cache": {"coefficients": [1.0, 0.0], "first_steps": 1},
+    "tea_cache": {"coefficients": [1.0, 0.0], "threshold": 10.0, "first_steps": 1},
     "uni3c": {"weights": "controller.safetensors", "camera": "orbit", "depth": "depth.safetensors"},
 }
 

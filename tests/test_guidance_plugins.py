@@ -256,7 +256,7 @@ CAPTION, NEGATIVE = (
     KeysValues(draw_normal((rows, 6, 2, 4), rows, "key"), draw_normal((rows, 6, 2, 4), rows, "v"))
     for rows in (3, 1)
 )
-TEXT, IMAGE = Layer("text", 0, lambda states: NEGATIVE), Layer("image", 0)
+TEXT, IMAGE = Layer("text", 0, 2, lambda states: NEGATIVE), Layer("image", 0, 2)
 
 
 def attention(plugin: Plugin, *branches: str, layer: Layer = TEXT) -> Tensor:

@@ -35,17 +35,26 @@ def test_a_shipped_plugin_passes_the_checks(name: str, tmp_path: Path) -> None:
     assert attrgetter(kind.__qualname__)(sys.modules[kind.__module__]) is kind
 
 
-def test_the_plugin_of_the_page_passes_the_checks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+EXAMPLES = dict(
+    zip(
+        ("rescale", "speech_focus"),
+        re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL),
+        strict=True,
+    )
+)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_plugin_of_the_page_passes_the_checks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (text,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    (tmp_path / "rescale.py").write_text(text)
+    (tmp_path / f"{name}.py").write_text(EXAMPLES[name])
     monkeypatch.setenv(PATH_VARIABLE, str(tmp_path))
     monkeypatch.setattr(plugins, "__path__", [str(folder) for folder in plugins.folders()])
-    outcomes = list(examine("rescale", ["sampling.steps=3"]))
-    del sys.modules["kit.plugins.rescale"]
+    outcomes = list(examine(name, ["sampling.steps=3"], APART))
+    del sys.modules[f"kit.plugins.{name}"]
     assert [outcome for outcome in outcomes if outcome.problems] == []
-    assert len(outcomes) == 3 + len(CHECKS)
+    assert len(outcomes) == 3 + len(APART)
 
 
 def test_the_page_lists_every_hook_in_order_and_how_several_combine() -> None:

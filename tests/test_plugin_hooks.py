@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kit.batch import Conditions
 from kit.draws import draw_normal
+from kit.errors import InputError
 from kit.guidance import drop_audio
 from kit.models.attention import KeysValues
 from kit.models.base import Encoders, Geometry
@@ -313,6 +314,7 @@ def test_gates(film: Film) -> None:
     early = Gate(1.0, 0.9, "sigma")
     assert [early.is_open(at(0, sigma)) for sigma in (1.0, 0.95, 0.9)] == [True, True, False]
 
+
 def test_gates_without_a_step_are_told(denoiser: Wan) -> None:
     setup = make_setup(denoiser)
     assert Gate(0.5, 0.5).problems(setup) == [
@@ -428,6 +430,26 @@ def test_what_is_no_hook_is_refused() -> None:
     assert mistakes(Watching) == mistakes(Plugin) == []
     assert "not a class" in mistakes(Watching())[0]
     assert set(hooks_of(Watching)) == set(HOOKS) - {"sigmas", "start", "blocks", "combine"}
+
+
+def test_what_has_another_shape_is_refused_by_plugin_and_hook(film: Film) -> None:
+    class Cutting(Plugin):
+        def block(self, update: Update, number: int, x: Tensor, entry: Entry, at: At) -> Tensor:
+            return update(x)[:, 1:]
+
+    class Unflattened(Plugin):
+        def attention(
+            self, attend: Attend, layer: Layer, query: Tensor, seen: KeysValues, at: At
+        ) -> Tensor:
+            return attend(query, seen).view_as(query)
+
+    class Alone(Plugin):
+        def embed(self, x: Tensor, rotation: Tensor, entry: Entry, at: At) -> Any:
+            return x
+
+    for plugin, hook in ((Cutting(), "block"), (Unflattened(), "attention"), (Alone(), "embed")):
+        with pytest.raises(InputError, match=rf"plugin '0': `{hook}` gave a tensor \[3, .* give "):
+            film(plugin)
 
 
 def test_clips_overlap_and_are_read_once() -> None:

@@ -193,16 +193,24 @@ LACKING = {
     ),
     "takes the tiny base": (
         "    def problems(self, setup: Setup) -> list[str]:\n        return 'too small'\n",
-        {"`problems` gave 'too small'; should give a list of texts"},
+        {"plugin 'bad': `problems` gave str; should give a list of texts"},
     ),
     "one chunk": (
         "    def noise(self, noise: Tensor, at: At) -> Tensor:\n        return noise / 0\n",
         {"frames have numbers that are not finite"},
     ),
     "two chunks": (
-        "    def pixels(self, pixels: Tensor, at: At) -> Tensor:\n"
-        "        return pixels[:, -4:].double()\n",
-        {"frames are [4, 3, 32, 48]; should be [12, 3, 32, 48]", "frames are torch.float64; "},
+        "    def pixels(self, pixels: Tensor, at: At) -> Tensor:\n        return pixels.double()\n",
+        {"frames are torch.float64; should be torch.float32"},
+    ),
+    "changes the video": (
+        "    def pixels(self, pixels: Tensor, at: At) -> Tensor:\n        return pixels * 1\n",
+        {"the video is, bit for bit, what it is without it: give options with which it does "},
+    ),
+    "hooks called": (
+        "    def is_active(self, at: At) -> bool:\n        return at.sigma > 1\n\n"
+        "    def step(self, noisy: Tensor, at: At) -> Tensor:\n        return noisy / 2\n",
+        {"`step` was never called; was `is_active` ever True?"},
     ),
     "one by one": (
         "    def predict(self, ask, noisy, sigma, conditions, at):\n"
@@ -253,6 +261,45 @@ def test_a_plugin_that_breaks_a_promise_fails_the_check_of_it(folder: Path, chec
         assert any(problem.startswith(line) for problem in outcome.problems), outcome.problems
 
 
+def write_bad(folder: Path, docstring: str, hook: str) -> None:
+    text = f'{HEAD}\nclass Bad(Plugin):\n    """{docstring}"""\n\n{hook}\n\nplugin = Bad\n'
+    (folder / "bad.py").write_text(text)
+
+
+def test_a_plugin_that_only_looks_on_says_so_and_does_so(folder: Path) -> None:
+    check = "changes the video"
+    told = "its docstring says 'Changes nothing', but the video is another one"
+    for result, problems in (("pixels", ()), ("-pixels", (told,))):
+        hook = f"    def pixels(self, pixels: Tensor, at: At) -> Tensor:\n        return {result}\n"
+        write_bad(folder, "Looks on.\n\n    Changes nothing: it is a test.\n    ", hook)
+        *_, outcome = examine("bad", ["sampling.steps=1"], {check: CHECKS[check]})
+        assert outcome.problems == problems
+        sys.modules.pop("kit.plugins.bad")
+
+
+def test_a_hook_that_forgets_to_return_is_named_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bad(folder, "Forgets.", "    def noise(self, noise: Tensor, at: At) -> Tensor: ...\n")
+    assert main(["plugins", "check", "bad", "sampling.steps=1"]) == 2
+    shown = capsys.readouterr().out
+    told = "plugin 'bad': `noise` gave None; should give a tensor [1, 16, 3, 4, 6]\n"
+    assert shown.count(told) == 1
+    assert shown.count("as above\n") == shown.count("FAILED") - 1 > 1
+
+
+def test_a_layer_is_not_compared_with_a_text(folder: Path) -> None:
+    hook = (
+        "    def attention(self, attend, layer, query, seen, at):\n"
+        "        return attend(query, seen) * (2 if layer == 'audio' else 1)\n"
+    )
+    write_bad(folder, "Compares.", hook)
+    check = "makes a video of one chunk"
+    *_, outcome = examine("bad", ["sampling.steps=1"], {check: CHECKS[check]})
+    told = "TypeError: a layer is no text; compare its kind: layer.kind == 'audio' ("
+    assert outcome.problems[0].startswith(told)
+
+
 def test_a_class_that_other_processes_do_not_find(folder: Path) -> None:
     text = f'{HEAD}\ndef make():\n    class Bad(Plugin):\n        """Hides."""\n    return Bad\n'
     (folder / "bad.py").write_text(f"{text}\n\nplugin = make()\n")
@@ -271,6 +318,11 @@ def test_errors_name_the_line_of_the_plugin(folder: Path) -> None:
     line = HEAD.count("\n") + 3
     where = f"({folder / 'bad.py'}:{line})"
     assert outcome.problems == (f"AttributeError: 'Bad' object has no attribute 'gone' {where}",)
+
+
+def test_an_option_without_the_plugins_name_is_told_where_it_belongs(folder: Path) -> None:
+    *_, outcome = examine("nag", ["scale=3"])
+    assert outcome.problems == ("'scale=3': an option of the plugin; write nag.scale=3",)
 
 
 def test_options_come_from_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

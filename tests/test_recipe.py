@@ -424,6 +424,12 @@ def test_extends_is_relative_to_the_recipe_and_its_places_name_the_parent() -> N
     ]
 
 
+def test_extends_finds_shipped_recipes() -> None:
+    Path("child.yaml").write_text("extends: studio/talk.yaml\n")
+    with pytest.raises(InputError, match=r"recipes/studio/talk\.yaml:\d+: "):
+        read("child.yaml", [], SCHEMA)
+
+
 @pytest.mark.parametrize(
     ("value", "finding"),
     [

@@ -1,4 +1,4 @@
-"""What sampling does not compute, computes once or computes otherwise changes no result."""
+"""What is not computed, computed once or computed otherwise changes no result."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,9 +14,15 @@ from kit.adapters.lora import Lora, trained_parameters
 from kit.batch import Conditions
 from kit.draws import draw_normal
 from kit.guidance import pad_text
-from kit.models.attention import KeysValues, attend, padding_bias, rotate, rotation
+from kit.models.attention import padding_bias, rotate, rotation
 from kit.models.base import Encoders
-from kit.models.cpu import QUERIES_AT_ONCE, OneDnnProducts, fast_products, mixed_by_head
+from kit.models.cpu import (
+    QUERIES_AT_ONCE,
+    OneDnnProducts,
+    fast_products,
+    mixed_by_head,
+    product,
+)
 from kit.models.tokens import by_pieces
 from kit.models.wan import Wan
 from kit.reference import Unchanged, first_frame_mask, followed_by_grey
@@ -24,6 +30,7 @@ from kit.sampling.frames import StillSource, to_pictures
 from kit.sampling.pipeline import TalkSampler, no_progress
 from kit.sampling.scene import Scene, Source
 
+CPU = torch.device("cpu")
 MakeWan = Callable[[], Wan]
 NOISY, SIGMA = draw_normal((1, 16, 3, 8, 8), "noisy"), torch.tensor(0.7)
 NULL_TEXT = draw_normal((1, 9, 32), "null_text")
@@ -211,16 +218,25 @@ def test_attention_by_head(dtype: torch.dtype, limit: float, has_bias: bool) -> 
     assert (mixed - expected).norm() / expected.norm() < limit
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_attention_is_the_same_with_and_without_gradients(dtype: torch.dtype) -> None:
-    query, key, value = (draw_normal((1, 300, 2, 8), n).to(dtype) for n in ("q", "k", "v"))
-    expected = attend(query.requires_grad_(), KeysValues(key, value))
-    with torch.no_grad():
-        mixed = attend(query, KeysValues(key, value))
-    limit = 1e-6 if dtype == torch.float32 else 1e-2
-    assert (mixed - expected).norm() / expected.norm() < limit
-    expected.sum().backward()  # type: ignore[no-untyped-call]
-    assert query.grad is not None
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_gradients_of_attention_by_head(dtype: torch.dtype, limit: float, has_bias: bool) -> None:
+    num_queries = QUERIES_AT_ONCE * torch.get_num_threads() + 44
+    sizes = {"query": num_queries, "key": 300, "value": 300}
+    given = [draw_normal((2, n, 3, 8), name).requires_grad_() for name, n in sizes.items()]
+    bias = draw_normal((2, 1, 1, 300), "bias") if has_bias else None
+    target = draw_normal((2, num_queries, 24), "target")
+
+    def gradients(mixture: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        query, key, value = (x.to(dtype).transpose(1, 2) for x in given)
+        rounded = None if bias is None else bias.to(dtype)
+        mixed = mixture(query, key, value, attn_mask=rounded).transpose(1, 2).flatten(2)
+        return torch.autograd.grad((mixed * target).sum(), given)
+
+    expected = gradients(F.scaled_dot_product_attention, torch.float32)
+    found = gradients(mixed_by_head, dtype)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() / other.norm() < limit
 
 
 @torch.no_grad()
@@ -235,13 +251,51 @@ def test_linear_layers_by_one_dnn() -> None:
     assert rounded.dtype == torch.bfloat16
 
 
-def test_gradients_and_autocast_are_left_to_torch() -> None:
+@pytest.mark.parametrize("trained", [{"weight"}, {"x"}, {"x", "weight", "bias"}])
+@pytest.mark.parametrize("rows", [5, 0])
+def test_linear_layers_by_one_dnn_have_their_gradients(trained: set[str], rows: int) -> None:
+    given = {"x": (2, rows, 24), "weight": (40, 24), "bias": (40,)}
+    leaves = [draw_normal(s, n).requires_grad_(n in trained) for n, s in given.items()]
+    target = draw_normal((2, rows, 40), "target")
+    expected = torch.autograd.grad(
+        (F.linear(*leaves) * target).sum(), [x for x in leaves if x.requires_grad]
+    )
+    with fast_products(CPU):
+        result = F.linear(*leaves)
+    found = torch.autograd.grad((result * target).sum(), [x for x in leaves if x.requires_grad])
+    torch.testing.assert_close(found, expected)
+
+
+def test_rows_with_gaps_are_multiplied() -> None:
+    x, wide = draw_normal((5, 24), "x"), draw_normal((40, 3, 24), "wide")
+    torch.testing.assert_close(product(x, wide[:, 1]), x @ wide[:, 1].T)
+    torch.testing.assert_close(product(x, wide[:24, 1].T), x @ wide[:24, 1])
+
+
+def test_autocast_is_left_to_torch() -> None:
     layer, x = nn.Linear(24, 40), draw_normal((5, 24), "x")
-    with fast_products(x.device):
-        layer(x).sum().backward()
-    assert layer.weight.grad is not None
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), fast_products(x.device):
+    with torch.autocast("cpu", torch.bfloat16), fast_products(CPU):
         assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of other devices
+@pytest.mark.parametrize("every", [0, 1])
+def test_training_has_the_gradients_of_torch(tiny_denoiser: MakeWan, every: int) -> None:
+    """Large enough for attention by head: 300 tokens."""
+    wan, conditions, video = tiny_denoiser(), make_conditions(2), (1, 16, 3, 20, 20)
+    reference, masks = draw_normal(video, "reference"), F.pad(conditions.speaker_masks, (0, 12) * 2)
+    conditions = replace(conditions, reference=reference, speaker_masks=masks)
+    Lora(rank=4, parts=["attention", "ffn", "audio"]).inject(wan, seed=0)
+    trained = list(trained_parameters(wan).values())
+
+    def gradients() -> tuple[Tensor, ...]:
+        velocity = wan(draw_normal(video, "noisy"), SIGMA[None], conditions)
+        return torch.autograd.grad(velocity.square().mean(), trained)
+
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = gradients()
+    wan.checkpoint_activations(every)
+    torch.testing.assert_close(gradients(), expected, rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()

@@ -5,15 +5,18 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 MB = 1e6
+
+Result = TypeVar("Result")
 
 Prepare = Callable[[], Callable[[], Tensor]]
 """Loads a side and makes its step."""
@@ -38,37 +41,46 @@ class Measured:
 
 def measure(prepare: Prepare, num_steps: int) -> Measured:
     """Fork, load, take some steps, and report."""
+    return in_its_own_process(partial(_work, prepare, num_steps))
+
+
+def in_its_own_process(work: Callable[[], Result]) -> Result:
+    """Fork, work, and send back what came of it."""
     context = get_context("fork")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(there, prepare, num_steps))
+    process = context.Process(target=lambda: there.send(work()))
     process.start()
     there.close()
     try:
-        measured: Measured = here.recv()
+        result: Result = here.recv()
     finally:
         process.join()
-    return measured
+    return result
 
 
-def _work(pipe: Connection, prepare: Prepare, num_steps: int) -> None:
+def _work(prepare: Prepare, num_steps: int) -> Measured:
     seconds = []
     with torch.no_grad():
         step = prepare()
-        _forget_peak()
-        loaded = _memory("VmRSS")
+        loaded = forget_peak()
         for _ in range(num_steps):
             started = time.process_time()
             velocity = step()
             seconds.append(time.process_time() - started)
-    peak = _memory("VmHWM") - loaded
-    pipe.send(Measured(tuple(seconds), loaded, peak, velocity.numpy()))
+    return Measured(tuple(seconds), loaded, peak_memory() - loaded, velocity.numpy())
 
 
-def _forget_peak() -> None:
-    """Return free memory to the system, and let the peak begin at what is left."""
+def forget_peak() -> float:
+    """Return free memory to the system, let the peak begin at what is left, and say how much."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def peak_memory() -> float:
+    """Say how much memory the process had at most since `forget_peak`, in MB."""
+    return _memory("VmHWM")
 
 
 def _memory(kind: str) -> float:

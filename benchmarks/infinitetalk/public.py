@@ -19,6 +19,7 @@ from case import AUDIO_SCALE, TEXT_SCALE, Case, Inputs, draw_network, one_block
 from torch import Tensor
 
 from kit.models.keys import public_name
+from kit.models.wan import Wan
 
 NETWORK_FILE = Path("wan/modules/multitalk_model.py")
 UNUSED = ("imageio", "soundfile", "skimage")
@@ -41,24 +42,30 @@ def compiles() -> bool:
 
 def load(checkout: Path, case: Case) -> Any:
     """Load the public network with our weights under its names."""
+    return imitate(checkout, draw_network(case), case.torch_dtype)
+
+
+def imitate(checkout: Path, ours: Wan, dtype: torch.dtype) -> Any:
+    """Build the public network in the sizes of ours, with its weights."""
     network = import_networks(checkout).WanModel
     network.enable_teacache = False
+    sizes = ours.transformer.config
     with torch.device("meta"):
         model = network(
             model_type="i2v",
             in_dim=36,
-            dim=case.dim,
-            ffn_dim=4 * case.dim,
-            text_dim=4096,
-            num_heads=case.heads,
-            num_layers=case.blocks,
-            intermediate_dim=case.audio_intermediate_dim,
+            dim=sizes.num_attention_heads * sizes.attention_head_dim,
+            ffn_dim=sizes.ffn_dim,
+            text_dim=sizes.text_dim,
+            num_heads=sizes.num_attention_heads,
+            num_layers=sizes.num_layers,
+            intermediate_dim=ours.audio_proj.proj2.in_features,
             weight_init=False,
         )
     model.to_empty(device="cpu").init_freqs()
-    weights = draw_network(case).state_dict()
+    weights = ours.state_dict()
     model.load_state_dict({public_name(name): value for name, value in weights.items()})
-    model.to(case.torch_dtype).eval().requires_grad_(False)
+    model.to(dtype).eval().requires_grad_(False)
     # On a GPU, autocast computes these in float32.
     for part in (model.time_embedding, model.time_projection, model.head):
         part.float()

@@ -4,11 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from kit.errors import InputError
@@ -95,6 +93,8 @@ def load_features(folder: Path) -> Features:
     missing = [name for name in ("config.json", _WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder}: {' and '.join(missing)} missing; give a folder saved by timm")
+    import timm  # takes a second, which most runs need not wait for
+
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
     except (RuntimeError, TypeError, ValueError, KeyError, SafetensorError) as error:
@@ -131,6 +131,8 @@ def _distances(picture: Tensor, color: tuple[int, int, int]) -> Tensor:
 
 
 def _prepared(model: nn.Module) -> Features:
+    from timm.data.config import resolve_model_data_config
+
     data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     mean, std = (torch.tensor(data[key]).view(3, 1, 1) for key in ("mean", "std"))
     size = data["input_size"][-2:]

@@ -4,7 +4,8 @@ B is the batch, N the number of video tokens, D the width, h the heads of d chan
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -33,19 +34,32 @@ class Entry(NamedTuple):
     num_blocks: int
 
 
-class Layer(NamedTuple):
+Kind = Literal["self", "text", "image", "audio"]
+"""What an attention layer attends to."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
     """One attention layer.
 
     Attributes:
-        kind: what is attended to: `self`, `text`, `image` or `audio`.
-        block: number of its block.
+        kind: what is attended to.
+        block: number of its block, from 0.
+        num_blocks: blocks of the network.
         read: projects other states of the same kind, before their embedding, to keys and values;
             only of `text`, as [B, L, D'].
     """
 
-    kind: str
+    kind: Kind
     block: int
+    num_blocks: int
     read: Callable[[Tensor], KeysValues] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """Refuse to be compared with a text, which would be False and go unnoticed."""
+        if isinstance(other, str):
+            raise TypeError(f"a layer is no text; compare its kind: layer.kind == '{other}'")
+        return self is other
 
 
 class Inside(Protocol):

@@ -32,7 +32,7 @@ from kit.models.audio import (
     describe_speakers,
 )
 from kit.models.base import Denoiser
-from kit.models.cpu import fast_products
+from kit.models.cpu import fast_again, fast_products
 from kit.models.inside import UNTOUCHED, Entry, Inside
 from kit.models.memory import Memory, Once, afresh
 from kit.models.split import divide_frames
@@ -81,7 +81,10 @@ class Block(nn.Module):
         """Update the video tokens. [B, N, D]"""
         # The decision lies inside the block, so that hooks of sharding stay outside of it.
         if self.recomputes and torch.is_grad_enabled():
-            updated: Tensor = checkpoint(self._update, x, context, use_reentrant=False)
+            contexts = partial(fast_again, x.device)
+            updated: Tensor = checkpoint(
+                self._update, x, context, use_reentrant=False, context_fn=contexts
+            )
             return updated
         return self._update(x, context)
 
@@ -203,6 +206,7 @@ class Wan(Denoiser):
             speakers=once(self._find_speakers, masks, counts),
             once=once,
             block=0,
+            num_blocks=len(self.transformer.blocks),
             split=None,
             inside=inside,
             embed_text=partial(once, self._embed_text),

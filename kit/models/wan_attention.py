@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kit.models.attention import KeysValues, rotate, split_heads
 from kit.models.audio import Speakers, speaker_positions
-from kit.models.inside import Inside, Layer
+from kit.models.inside import Inside, Kind, Layer
 from kit.models.memory import Once
 from kit.models.split import Split
 from kit.models.tokens import normalize
@@ -42,6 +42,7 @@ class Context(NamedTuple):
         speakers: None if every sample has a single speaker.
         once: computes keys and values, which depend on nothing but the tokens above.
         block: number of the block.
+        num_blocks: blocks of the network.
         split: which frames are this process's; None if all are.
         inside: may change what is attended to.
         embed_text: gives text tokens of other states, for `inside`.
@@ -55,15 +56,16 @@ class Context(NamedTuple):
     speakers: Speakers | None
     once: Once
     block: int
+    num_blocks: int
     split: Split | None
     inside: Inside
     embed_text: Callable[[Tensor], Text]
 
     def attend(
-        self, kind: str, read: Callable[[Tensor], KeysValues] | None = None
+        self, kind: Kind, read: Callable[[Tensor], KeysValues] | None = None
     ) -> Callable[[Tensor, KeysValues], Tensor]:
         """Give the attention of one kind of layer in this block."""
-        return partial(self.inside.attend, Layer(kind, self.block, read))
+        return partial(self.inside.attend, Layer(kind, self.block, self.num_blocks, read))
 
 
 def divide(split: Split, x: Tensor, context: Context) -> tuple[Tensor, Context]:

@@ -6,7 +6,9 @@ nearest valid word.
 """
 
 from kit.recipe.reading import Recipe as Recipe
+from kit.recipe.reading import change as change
 from kit.recipe.reading import find_recipe as find_recipe
+from kit.recipe.reading import look_up as look_up
 from kit.recipe.reading import read as read
 from kit.recipe.schema import ExistingFile as ExistingFile
 from kit.recipe.schema import ExistingFolder as ExistingFolder

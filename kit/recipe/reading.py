@@ -93,9 +93,26 @@ def read(path: str | Path, overrides: Sequence[str], schema: Schema) -> Recipe:
         InputError: with every finding on a line of its own.
     """
     found = find_recipe(path)
-    defaults = {name: section.default for name, section in schema.sections.items()}
-    document = _load_with_parent(found, defaults)
-    document = merge(document, parse_overrides(overrides), defaults)
+    document = _load_with_parent(found, _default_types(schema))
+    return _checked(found, document, overrides, schema)
+
+
+def change(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Give a recipe with some of its values replaced.
+
+    Args:
+        recipe: stays as it is.
+        overrides: `section.key=value` words.
+
+    Raises:
+        InputError: with every finding on a line of its own.
+    """
+    document = Document(values=dict(recipe.values), places={(): str(recipe.path)})
+    return _checked(recipe.path, document, overrides, recipe.schema)
+
+
+def _checked(path: Path, below: Document, overrides: Sequence[str], schema: Schema) -> Recipe:
+    document = merge(below, parse_overrides(overrides), _default_types(schema))
     problems = list(document.problems)
     values = _resolve(document.values, (), document, problems)
     types = _choose_types(values, schema, document, problems)
@@ -113,7 +130,11 @@ def read(path: str | Path, overrides: Sequence[str], schema: Schema) -> Recipe:
         entries = dumped.pop(name)
         if entries:
             dumped[name] = {entry: entries[entry] for entry in types[name]}
-    return Recipe(found, dumped, schema, checked)
+    return Recipe(path, dumped, schema, checked)
+
+
+def _default_types(schema: Schema) -> dict[str, str | None]:
+    return {name: section.default for name, section in schema.sections.items()}
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -122,12 +143,18 @@ def find_recipe(path: str | Path) -> Path:
     Raises:
         InputError: there is none; names the shipped recipes.
     """
+    found = look_up(path)
+    if found is not None:
+        return found
     folder = shipped.shipped("recipes")
-    for candidate in (Path(path), shipped.root() / path, folder / path):
-        if candidate.is_file():
-            return candidate
     names = [str(file.relative_to(folder.parent)) for file in folder.rglob("*.yaml")]
     raise InputError(f"{path}: no such recipe{did_you_mean(str(path), names)}")
+
+
+def look_up(name: str | Path, folder: Path = Path()) -> Path | None:
+    """Look for a recipe in a folder, then among the shipped ones; None if it is nowhere."""
+    places = (folder, shipped.root(), shipped.shipped("recipes"))
+    return next((place / name for place in places if (place / name).is_file()), None)
 
 
 def _load_with_parent(path: Path, defaults: Mapping[str, str | None]) -> Document:
@@ -137,9 +164,9 @@ def _load_with_parent(path: Path, defaults: Mapping[str, str | None]) -> Documen
     name, place = document.values.pop("extends"), document.place(("extends",))
     if not isinstance(name, str):
         raise InputError(f"{place}: extends: {name!r} is not the name of a recipe")
-    parent_path = path.parent / name
-    if not parent_path.is_file():
-        raise InputError(f"{place}: extends: {nearest_path(parent_path)}")
+    parent_path = look_up(name, path.parent)
+    if parent_path is None:
+        raise InputError(f"{place}: extends: {nearest_path(path.parent / name)}")
     parent = load_document(parent_path)
     if "extends" in parent.values:
         where = parent.place(("extends",))

@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kit import plugins
+from kit import plugins, registry
 from kit.batch import SAMPLE_RATE, Conditions
 from kit.draws import draw_normal
 from kit.errors import InputError
@@ -40,13 +41,16 @@ SCHEMA = Schema(
     sections={"base": Section(BASES), "sampling": Section(SAMPLERS, default="talk")},
     stacks=PLUGINS,
 )
-# Ten steps, so that a window that begins behind the first step or ends early has a step in it.
+# Ten steps, so that a gate that opens behind the first step or closes early has a step in it.
 SETTINGS = """\
 base: {type: wan, path: "shipped:data/tiny_base", random_weights: 0, dtype: float32,
        text_length: 64}
 sampling: {steps: 10, num_frames: 9, context_frames: 5, color_correction: 0}
 """
-HINT = "options that suit the tiny base, of 2 blocks 48 wide, can be given as NAME.option=value"
+HINT = "if only this base is in the way, of 2 blocks 48 wide, give options that suit it: "
+CHANGES_NOTHING = "Changes nothing"
+"""How the docstring of a plugin begins a line that says why videos stay the same with it."""
+
 SIZE = (32, 48)
 LOOK_UP = """
 import importlib, operator, sys
@@ -84,25 +88,31 @@ class Bench:
         self.kind = kind
         self._recipe = recipe
         self._base: Base = recipe.build("base")
-        problems = [*self._problems(has_reference=False), *self._problems(has_reference=True)]
+        self._problems(has_reference=False)  # which it may refuse, but must be able to answer
+        problems = self._problems(has_reference=True)
         if problems:
-            raise InputError("\n".join([*dict.fromkeys(problems), HINT]))
+            (name,) = recipe.values["plugins"]
+            raise InputError("\n".join([*problems, f"{HINT}{name}.option=value"]))
         self._denoiser: Denoiser = self._base.load_denoiser(torch.device("cpu")).eval()
         self._encoders: Encoders = self._base.load_encoders(torch.device("cpu"))
         self.without_before = self.without()
+        self.called = set[str]()
 
     @cached_property
     def video(self) -> Made:
         """The video that others are compared with: of two chunks, by a new plugin."""
-        return self.film(self.sampler())
+        sampler = self.sampler()
+        made = self.film(sampler)
+        self.called = {hook for _, hook in sampler.hooks.called}
+        return made
 
     def sampler(self) -> TalkSampler:
         """Build the sampler with a new instance of the plugin."""
         return build_sampler(self._recipe)
 
     def without(self) -> Tensor:
-        """Make a video of one chunk without the plugin. [T, 3, height, width]"""
-        return frames(self.film(self._recipe.build("sampling"), ONE_CHUNK))
+        """Make the video without the plugin. [T, 3, height, width]"""
+        return frames(self.film(self._recipe.build("sampling")))
 
     def film(self, sampler: TalkSampler, num_frames: int = TWO_CHUNKS, **options: Any) -> Made:
         """Make a video; options as for `chunks`."""
@@ -134,7 +144,7 @@ class Bench:
         return velocity
 
     def _problems(self, *, has_reference: bool) -> list[str]:
-        """Ask the plugin what stands against the tiny base; without reference, it may refuse."""
+        """Ask the plugin what stands against the tiny base."""
         hooks = self.sampler().hooks
         setup = Setup(
             denoiser=self._base.empty_denoiser(),
@@ -144,11 +154,7 @@ class Bench:
             has_reference=has_reference,
             plugins=tuple(hooks.plugins),
         )
-        for plugin in hooks.plugins.values():
-            answer: object = plugin.problems(setup)
-            if not isinstance(answer, list) or not all(isinstance(each, str) for each in answer):
-                return [f"`problems` gave {answer!r}; should give a list of texts"]
-        return hooks.problems(setup) if has_reference else []
+        return hooks.problems(setup)
 
 
 Check = Callable[[Bench], Iterator[str]]
@@ -166,12 +172,14 @@ def check_plugin(name: str, words: Sequence[str], report: Callable[[str], None])
     Raises:
         InputError: there is no such plugin, it cannot be loaded, or a check failed.
     """
-    failed = 0
+    failed, told = 0, set[tuple[str, ...]]()
     for outcome in examine(name, words):
         failed += bool(outcome.problems)
         report(f"{'FAILED' if outcome.problems else 'passed'}  {outcome.check}")
-        for problem in outcome.problems:
+        for problem in ("as above",) if outcome.problems in told else outcome.problems:
             report(f"        {problem}")
+        if outcome.problems:
+            told.add(outcome.problems)
     if failed:
         checks = "check" if failed == 1 else "checks"
         raise InputError(f"plugin '{name}': {failed} {checks} failed")
@@ -197,7 +205,7 @@ def examine(
     if unexplained.problems:
         return
     try:
-        bench = Bench(_recipe(name, words), kind)
+        bench = Bench(_recipe(name, words, kind), kind)
     except Exception as error:
         yield Outcome("can be built, and takes the tiny base", _told(error, origin))
         return
@@ -232,6 +240,28 @@ def makes_one_chunk(bench: Bench) -> Iterator[str]:
 def makes_two_chunks(bench: Bench) -> Iterator[str]:
     """Try a video whose second chunk goes on from the first."""
     yield from _unfit(bench.video, TWO_CHUNKS)
+
+
+def changes_the_video(bench: Bench) -> Iterator[str]:
+    """Compare with the video without it; a plugin that only looks on says so in its docstring."""
+    says_not = re.search(rf"^\s*{CHANGES_NOTHING}", bench.kind.__doc__ or "", re.MULTILINE)
+    is_same = torch.equal(frames(bench.video), bench.without_before)
+    if is_same and not says_not:
+        yield (
+            "the video is, bit for bit, what it is without it: give options with which it does "
+            "something; a plugin that only looks on says why in a line of its class's docstring "
+            f"that begins with '{CHANGES_NOTHING}'"
+        )
+    elif says_not and not is_same:
+        yield f"its docstring says '{CHANGES_NOTHING}', but the video is another one"
+
+
+def has_each_hook_called(bench: Bench) -> Iterator[str]:
+    """Ask which hooks the kit has called while it made the video."""
+    _ = bench.video
+    for hook in hooks_of(bench.kind):
+        if hook not in bench.called and hook != "problems":
+            yield f"`{hook}` was never called; was `is_active` ever True?"
 
 
 def makes_branches_apart(bench: Bench) -> Iterator[str]:
@@ -289,6 +319,8 @@ def leaves_the_base_alone(bench: Bench) -> Iterator[str]:
 CHECKS: Mapping[str, Check] = {
     "makes a video of one chunk": makes_one_chunk,
     "makes a video of two chunks": makes_two_chunks,
+    "changes the video": changes_the_video,
+    "has each of its hooks called": has_each_hook_called,
     "makes branches one by one": makes_branches_apart,
     "makes previews in training": makes_previews,
     "the same seed gives the same video": depends_on_the_seed_alone,
@@ -304,7 +336,10 @@ def frames(made: Made) -> Tensor:
     return torch.cat([pixels for pixels, _ in made])
 
 
-def _recipe(name: str, words: Sequence[str]) -> Recipe:
+def _recipe(name: str, words: Sequence[str], kind: type[Plugin]) -> Recipe:
+    for word in words:
+        if word.partition("=")[0] in registry.options(kind):
+            raise InputError(f"'{word}': an option of the plugin; write {name}.{word}")
     paths = [f"plugins.{word}" if word.startswith(f"{name}.") else word for word in words]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "check.yaml"

@@ -53,7 +53,11 @@ from kit.run.plugin_check import examine
 from kit.sampling.chunks import Chunk
 from kit.sampling.plugin import At
 
+# The first chunk and the first step: what most hooks need to know to be called by a test.
 AT = At(Chunk(index=0, start=0, num_frames=81, num_context=0, num_shown=81), 0, 40, 1.0, 0.996)
+
+
+# From here to the last test, all is about the example: replace it with what your plugin promises.
 
 
 def mixed(noise: torch.Tensor, share: float) -> torch.Tensor:
@@ -75,6 +79,7 @@ def test_a_share_of_zero_changes_nothing() -> None:
 
 
 def test_it_is_a_good_plugin() -> None:
+    # Keep this one; options that suit the tiny base go into the list, as "$name.share=0.3".
     assert [outcome for outcome in examine("$name", []) if outcome.problems] == []
 ''')
 

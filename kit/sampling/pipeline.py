@@ -51,6 +51,8 @@ class Pass(NamedTuple):
     conditions: Conditions
 
 
+Offload = Literal["none", "turns", "blocks"]
+
 OnStep = Callable[[Chunk, int], None]
 """Told after each denoising step: the chunk and how many of its steps are done."""
 
@@ -78,8 +80,9 @@ class TalkSampler:
         solver: how to step between noise levels.
         together: all guidance branches in one forward pass; False takes a third of the memory.
         remember: keep what all steps of a chunk share; False computes it in each step again.
-        offload: keep the denoiser in the memory of the CPU while the encoders work, which then have
-            a GPU to themselves.
+        offload: what of the denoiser is in the memory of the CPU. `turns`: all of it while the
+            encoders work, which then have a GPU to themselves; `blocks`: all but the block that
+            works, always.
         shard: with several processes, distribute the denoiser's weights over them too, each block
             put together only while it works.
 
@@ -104,7 +107,7 @@ class TalkSampler:
         solver: Literal["euler"] = "euler",
         together: bool = True,
         remember: bool = True,
-        offload: bool = False,
+        offload: Offload = "none",
         shard: bool = False,
     ) -> None:
         self.hooks = hooks
@@ -288,7 +291,7 @@ class TalkSampler:
 
     def _turn_of(self, denoiser: Predict, device: torch.device) -> AbstractContextManager[None]:
         """Let the denoiser have the device, if it must share it."""
-        if self.offload and isinstance(denoiser, nn.Module):
+        if self.offload == "turns" and isinstance(denoiser, nn.Module):
             return visiting(denoiser, device)
         return nullcontext()
 

@@ -12,7 +12,8 @@ here. Where several plugins have the same hook,
     one       two plugins with this hook are refused.
 
 B rows of a pass, C channels, F, H, W latent frames, rows and columns, N video tokens, D width,
-h heads of d channels; levels of noise run from 1 (noise) to 0.
+h heads of d channels; levels of noise run from 1 (noise) to 0. Types that hooks take are imported
+from here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,29 +23,31 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from kit.batch import Conditions
+from kit.batch import Conditions as Conditions
 from kit.errors import did_you_mean
-from kit.models.attention import KeysValues
+from kit.models.attention import KeysValues as KeysValues
 from kit.models.base import Denoiser, Encoders, Geometry
-from kit.models.inside import Entry, Layer, Update
-from kit.sampling.chunks import Chunk
-from kit.sampling.continuity import Ends
+from kit.models.inside import Entry as Entry
+from kit.models.inside import Layer as Layer
+from kit.models.inside import Update as Update
+from kit.sampling.chunks import Chunk as Chunk
+from kit.sampling.continuity import Ends as Ends
 from kit.sampling.scene import EncodedScene, Scene
 from kit.solvers import sigma_schedule
 
 Attend = Callable[[Tensor, KeysValues], Tensor]
-"""Mixes values: queries [B, N, h, d] and what they look at -> [B, N, h * d]."""
+"""`attend(query, seen)` mixes values: [B, N, h, d] and what they look at -> [B, N, h * d]."""
 
 
 class Ask(Protocol):
-    """The denoiser, and all plugins that lie further inside."""
+    """The denoiser, and all plugins further inside: `ask(noisy, sigma, conditions)`."""
 
     def __call__(
         self, noisy: Tensor, sigma: Tensor, conditions: Conditions, *, window: int | None = None
     ) -> Tensor:
         """Predict the velocity of all rows.
 
-        Whoever asks for several windows of frames gives each a number of its own, so that what
+        Whoever asks for a chunk piece by piece numbers the pieces by `window`, so that what
         plugins remember of one is not taken for another.
         """
 
@@ -54,9 +57,10 @@ class Setup:
     """What is known of a run before anything is loaded.
 
     Attributes:
-        denoiser: on the meta device: names and sizes.
+        denoiser: on the meta device: names and sizes, and `blocks()`, the list of them.
         geometry: strides and frame rate of the base.
-        sampling: options of the sampler by their names in a recipe, defaults included.
+        sampling: options of `kit.sampling.pipeline.TalkSampler` by name, defaults included:
+            `steps`, `shift`, `text_scale`, `audio_scale`, `guidance`, `color_correction`...
         size: height and width of the video in pixels.
         has_reference: False where the video is made from text and speech alone.
         plugins: names of all plugins in the recipe's order.
@@ -104,10 +108,11 @@ class At:
         sigma: noise level of the step.
         next_sigma: the level that the step leads to.
         branches: what the rows of the pass are: `full`, `no_text`, `no_audio`, `none`, or names
-            that a plugin gave; () outside of passes.
-        window: number that `predict` gave the pass.
+            that a plugin gave; () outside of passes. The speech is in `full` and `no_text`.
+        window: which piece of a chunk a pass is for, if a `predict` asks for several; else 0.
         shared: this plugin's memory for the chunk: begins empty, and is forgotten after it.
-        memory: the same, for the passes of these branches and this window alone.
+        memory: the same, for the passes of these branches and this window alone; outside of
+            passes, it is `shared`.
     """
 
     chunk: Chunk
@@ -229,8 +234,8 @@ class Plugin:
         """Run the blocks, or some of them: the hook of caches. One.
 
         Args:
-            blocks: in order, each with what other plugins do to it, so that what is kept of a
-                block's output contains that as well.
+            blocks: in order, called as `block(x)`, each with what other plugins do to it, so that
+                what is kept of a block's output contains that as well.
             x: video tokens. [B, N, D]
             entry: as for `embed`.
             at: which pass.
@@ -243,7 +248,7 @@ class Plugin:
         """Run a block, add to its result, or leave it out. Wrap.
 
         Args:
-            update: the block, and what lies inside of this plugin.
+            update: the block, and what lies inside of this plugin; called as `update(x)`.
             number: of the block, from 0.
             x: video tokens, and no others. [B, N, D]
             entry: as for `embed`.
@@ -258,9 +263,11 @@ class Plugin:
 
         Args:
             attend: attention as it is without this plugin.
-            layer: which one; `self`, `text`, `image` or `audio`. That of `audio` has a row for each
-                latent frame; `text` and `image` may be asked for some of the tokens at a time.
-            query: [B, N, h, d]
+            layer: which one: its `kind`, `self`, `text`, `image` or `audio`, and its `block` of
+                `num_blocks`.
+            query: [B, N, h, d]. In `audio`, tokens of a latent frame are a row: B is branches x F,
+                all frames of a branch one behind another. `text` and `image` may be asked for a
+                part of the tokens at a time.
             seen: keys, values and bias.
             at: which pass.
 
@@ -296,7 +303,7 @@ class Plugin:
     # At the end of a chunk
 
     def pixels(self, pixels: Tensor, at: At) -> Tensor:
-        """Change the decoded window, context frames included. Chain.
+        """Change the decoded frames, the chunk's `num_context` context frames first. Chain.
 
         -1 to 1, [3, num_frames, height, width]; its last frames become the next chunk's context.
         """
