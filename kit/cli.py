@@ -4,21 +4,18 @@ Each command imports its code when it runs, so that help and plugin lists need n
 """
 
 import argparse
-import errno
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeAlias
 
-from kit.errors import InputError
+from kit.errors import InputError, disk_full
 
 USER_ERROR = 2
 STOPPED = 130
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _Arguments = argparse.Namespace
 # As text, because this class takes no parameters when it runs.
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -40,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse(str(stop) or "stopped")
         return STOPPED
     except Exception as error:
-        full = _disk_full(error)
+        full = disk_full(error)
         if full is not None:
             return _refuse(full)
         if not isinstance(error, OSError) or error.filename is None:
@@ -77,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_export,
         _add_extract,
         _add_check,
+        _add_plan,
         _add_plugins,
     ):
         add(commands)
@@ -101,7 +99,7 @@ def _add_prepare(commands: _Commands) -> None:
     text = "turn a folder of videos, images and speech into shards"
     example = "kit prepare my_clips --out runs/clips --buckets 480"
     add = _add(commands, "prepare", text, example, _prepare).add_argument
-    add("source", type=Path, metavar="SOURCE", help="folder or file to read")
+    add("source", metavar="SOURCE", help="folder or file to read; shards also by address")
     add("--out", type=Path, required=True, help="folder to write the shards to")
     add("--recipe", help="fit recipe whose base and window the shards are for")
     add("--encode", action="store_true", help="also encode, with the recipe's base")
@@ -238,6 +236,17 @@ def _add_check(commands: _Commands) -> None:
     add("--out", type=Path, metavar="FILE", help="where to write the description")
 
 
+def _add_plan(commands: _Commands) -> None:
+    text = "tell the memory, time and disk that a run will need, before anything is loaded"
+    example = "kit plan recipes/my_character.yaml trainer.device=cuda --memory 80 --rate 400"
+    command = _add(commands, "plan", text, example, _plan)
+    _add_recipe(command)
+    add = command.add_argument
+    add("--rate", type=float, metavar="TFLOPS", help="of each process (measured, if it runs here)")
+    add("--memory", type=float, metavar="GB", help="of each process's device (what is here)")
+    add("--json", type=Path, metavar="FILE", help="where to write the same as JSON")
+
+
 def _add_plugins(commands: _Commands) -> None:
     text = "list the plugins that recipes can name; write one, check one"
     command = _add(commands, "plugins", text, "kit plugins", _plugins)
@@ -339,6 +348,13 @@ def _check(arguments: _Arguments) -> None:
         check(paths, overrides, report=print)
 
 
+def _plan(arguments: _Arguments) -> None:
+    from kit.run.plan import plan
+
+    given = {"rate": arguments.rate, "memory": arguments.memory, "out": arguments.json}
+    plan(arguments.recipe, arguments.overrides, print, **given)
+
+
 def _plugins(arguments: _Arguments) -> None:
     from kit.run.plugin_list import list_plugins
 
@@ -376,20 +392,3 @@ def _version() -> str:
 def _refuse(message: str) -> int:
     print("\n".join(f"kit: {line}" for line in message.splitlines()), file=sys.stderr)
     return USER_ERROR
-
-
-def _disk_full(error: BaseException) -> str | None:
-    """Say which file found no room, if that is what went wrong."""
-    for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno in _FULL:
-            return f"the disk is full, while writing {cause.filename or 'a file'}"
-        # Writers in other languages keep the system's words but not its number.
-        if os.strerror(errno.ENOSPC) in str(cause):
-            return f"the disk is full: {cause}"
-    return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -10,6 +10,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from io import BytesIO
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,7 @@ def run_together(world: int, work: Callable[..., Any], *given: object) -> list[A
     Returns:
         What each process gave, by its number.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    results = context.Queue()
-    processes = [
-        context.Process(target=_enter, args=(rank, world, port, results, Path.cwd(), work, given))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
+    processes, results = start_together(world, work, *given)
     try:
         found = dict(results.get(timeout=LIMIT_SECONDS) for _ in processes)
     except queue.Empty:
@@ -57,6 +47,29 @@ def run_together(world: int, work: Callable[..., Any], *given: object) -> list[A
         if "error" in done[rank]:
             raise AssertionError(f"process {rank}:\n{done[rank]['error']}")
     return [done[rank]["result"] for rank in range(world)]
+
+
+def start_together(
+    world: int, work: Callable[..., Any], *given: object
+) -> tuple[list[BaseProcess], Any]:
+    """Start what `run_together` runs.
+
+    Returns:
+        The processes by number, and the queue that gets what each of them gives.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    results = context.Queue()
+    processes = [
+        context.Process(target=_enter, args=(rank, world, port, results, Path.cwd(), work, given))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return list(processes), results
 
 
 def _enter(

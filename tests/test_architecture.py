@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 RANKS = [
-    {"errors", "shipped", "registry", "draws", "devices", "reference", "flow"},
+    {"errors", "shipped", "registry", "draws", "devices", "reference", "flow", "atomic"},
     {"batch", "masks"},
     {"solvers", "guidance", "speech", "recipe"},
     {"models", "data"},
     {"adapters", "metrics", "objectives", "sampling", "studio"},
     {"training", "plugins"},
-    {"pretraining"},
+    {"pretraining", "planning"},
     {"run"},
     {"cli"},
     {"__main__"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kit import cli
-from kit.errors import InputError
+from kit.errors import InputError, disk_full
 
 COMMANDS = ["prepare", "fit", "sample", "export", "check", "plugins"]
 
@@ -97,11 +97,11 @@ def test_a_full_disk_is_seen_behind_other_errors() -> None:
     wrapped = RuntimeError("writing failed")
     wrapped.__cause__ = full
     expected = "the disk is full, while writing runs/a.safetensors"
-    assert cli._disk_full(full) == cli._disk_full(wrapped) == expected
+    assert disk_full(full) == disk_full(wrapped) == expected
     foreign = RuntimeError("I/O error: No space left on device (os error 28)")
-    assert cli._disk_full(foreign) == f"the disk is full: {foreign}"
-    assert cli._disk_full(OSError(errno.ENOENT, "No such file", "a")) is None
-    assert cli._disk_full(InputError("no")) is None
+    assert disk_full(foreign) == f"the disk is full: {foreign}"
+    assert disk_full(OSError(errno.ENOENT, "No such file", "a")) is None
+    assert disk_full(InputError("no")) is None
 
 
 @pytest.mark.skipif(

@@ -87,6 +87,7 @@ def test_every_step_has_a_row(tmp_path: Path) -> None:
     assert {float(row["grad_norm"]) for row in rows} == {1.0}
     assert {float(row["lr"]) for row in rows} == {0.5}
     assert {int(row["samples"]) for row in rows} == {1}
+    draw_curves(rows, tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as picture:
         assert picture.size[0] > 100
 

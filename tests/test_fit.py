@@ -251,14 +251,6 @@ def test_a_finished_run_is_left_as_it_is(encoded_shards: Path) -> None:
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
-def test_a_damaged_checkpoint_is_named(encoded_shards: Path) -> None:
-    folder = fit(str(RECIPE), overrides(encoded_shards), print_nothing)
-    newest = folder / "checkpoints" / "step-00000006.ckpt"
-    newest.write_bytes(newest.read_bytes()[:3000])
-    with pytest.raises(InputError, match="step-00000006.ckpt is damaged"):
-        fit(str(RECIPE), overrides(encoded_shards), print_nothing)
-
-
 def test_a_full_disk_costs_only_the_newest_checkpoint(
     encoded_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

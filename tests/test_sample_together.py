@@ -37,6 +37,6 @@ def test_two_processes_make_the_video_of_one(shard: str) -> None:
 
 
 def test_what_cannot_be_cut_is_refused() -> None:
-    given = words(**{"sampling.shard": "true", "sampling.offload": "true"})
+    given = words(**{"sampling.shard": "true", "sampling.offload": "turns"})
     with pytest.raises(InputError, match=r"sampling.offload: each process has only a share"):
         make(given)

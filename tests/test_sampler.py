@@ -278,7 +278,7 @@ def test_a_denoiser_leaves_the_device_while_encoders_work(tiny_encoders: Encoder
     scale = {"text_scale": 1.0, "audio_scale": 1.0}
     denoiser = Travelling()
     encoders: Any = Watching(tiny_encoders, denoiser.journal)
-    sample(make_sampler(offload=True, steps=1, **scale), denoiser, encoders, make_scene(12))
+    sample(make_sampler(offload="turns", steps=1, **scale), denoiser, encoders, make_scene(12))
     first = ["encode_video", "encode_video", "to cpu", "predict", "to cpu", "decode_video"]
     # The reference of the second chunk is that of the first, so that only its context is encoded.
     assert denoiser.journal == first + first[1:]
@@ -290,6 +290,6 @@ def test_a_denoiser_leaves_the_device_while_encoders_work(tiny_encoders: Encoder
 def test_offloading_changes_no_frame(denoiser: Wan, tiny_encoders: Encoders) -> None:
     made = [
         torch.cat(sample(make_sampler(offload=o), denoiser, tiny_encoders, make_scene(12)))
-        for o in (False, True)
+        for o in ("none", "turns")
     ]
     assert torch.equal(*made)

@@ -15,6 +15,7 @@ from torch import Tensor
 from kit.adapters.files import AdapterInfo, write_tensors
 from kit.adapters.kinds import ALPHA, KINDS, MAGNITUDE, by_layer, rank_of
 from kit.adapters.metadata import metadata, peft_config
+from kit.atomic import write_text
 from kit.models.keys import is_audio
 
 TRUNK = "transformer."
@@ -126,7 +127,7 @@ def _native(trunk: Trunk, file: Path, name: Callable[[str, str], str]) -> list[P
 def _peft(trunk: Trunk, out: Path) -> list[Path]:
     config = out / "adapter_config.json"
     facts = peft_config(trunk.info, trunk.ranks())
-    config.write_text(json.dumps(facts, indent=2) + "\n")
+    write_text(config, json.dumps(facts, indent=2) + "\n")
     file = out / "adapter_model.safetensors"
     names = trunk.named(lambda layer, own: f"base_model.model.{layer.removeprefix(TRUNK)}.{own}")
     write_tensors(file, names, {"format": "pt"})

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kit.atomic import atomic_write
 from kit.errors import InputError
 
 HEADER = "charakit"
@@ -44,17 +45,24 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], info: AdapterInfo) 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
     """Write a safetensors file; a file of that name is replaced only by a complete one."""
-    partial = path.with_name(f"{path.name}.partial")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with atomic_write(path) as partial:
         save_file(contiguous, partial, metadata=header)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_adapter(path: Path) -> tuple[dict[str, Tensor], AdapterInfo]:
     """Read an adapter file.
+
+    Raises:
+        InputError: the file is missing, unreadable, or not an adapter of this kit.
+    """
+    info = load_info(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
+
+
+def load_info(path: Path) -> AdapterInfo:
+    """Read what an adapter file says of itself.
 
     Raises:
         InputError: the file is missing, unreadable, or not an adapter of this kit.
@@ -64,7 +72,6 @@ def load_adapter(path: Path) -> tuple[dict[str, Tensor], AdapterInfo]:
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"adapter: {path} cannot be read: {error}") from error
     if header is None:
@@ -72,6 +79,6 @@ def load_adapter(path: Path) -> tuple[dict[str, Tensor], AdapterInfo]:
     try:
         values = json.loads(header)
         lists = {name: tuple(values[name]) for name in ("parts", "train_fully")}
-        return tensors, AdapterInfo(**{**values, **lists})
+        return AdapterInfo(**{**values, **lists})
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"adapter: the header of {path} is of another version: {error}") from error

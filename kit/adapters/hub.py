@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from kit.adapters.files import AdapterInfo
 from kit.adapters.metadata import recipe_of
+from kit.atomic import atomic_write, write_text
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@.+)?")
 LICENCES = {"wan": "apache-2.0"}
@@ -39,11 +40,13 @@ def write_card(
     shown = [out / "previews" / path.name for path in previews[-MAX_PREVIEWS:]]
     for source, copy in zip(previews[-MAX_PREVIEWS:], shown, strict=True):
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, copy)
+        with atomic_write(copy) as partial:
+            shutil.copyfile(source, partial)
     card = out / "README.md"
     matter = StringIO()
     YAML(typ="safe", pure=True).dump(_front_matter(info, recipe, files, trigger, shown), matter)
-    card.write_text(f"---\n{matter.getvalue()}---\n{_text(info, recipe, files, trigger)}")
+    text = f"---\n{matter.getvalue()}---\n{_text(info, recipe, files, trigger)}"
+    write_text(card, text)
     return [card, *shown]
 
 

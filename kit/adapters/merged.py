@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kit.adapters.files import write_tensors
+from kit.atomic import write_text
 from kit.models.keys import is_audio
 
 SHARD_BYTES = 5_000_000_000
@@ -76,10 +77,15 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     parts: list[list[str]] = []
     total = 0
-    for number, shard in enumerate(_shards(tensors, limit)):
-        write_tensors(folder / _part(number), shard, {"format": "pt"})
-        parts.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
+    _remove_parts(folder)  # of a run that was killed
+    try:
+        for number, shard in enumerate(_shards(tensors, limit)):
+            write_tensors(folder / _part(number), shard, {"format": "pt"})
+            parts.append(list(shard))
+            total += sum(tensor.nbytes for tensor in shard.values())
+    except BaseException:
+        _remove_parts(folder)
+        raise
     for older in folder.glob("diffusion_pytorch_model*"):
         older.unlink()
     if len(parts) == 1:
@@ -89,6 +95,11 @@ def write_shards(
 
 def _part(number: int) -> str:
     return f"unnamed-{number}.safetensors"
+
+
+def _remove_parts(folder: Path) -> None:
+    for part in folder.glob("unnamed-*"):
+        part.unlink()
 
 
 def _name_shards(folder: Path, parts: list[list[str]], total: int) -> list[Path]:
@@ -101,7 +112,7 @@ def _name_shards(folder: Path, parts: list[list[str]], total: int) -> list[Path]
         weight_map |= dict.fromkeys(names, name)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     facts = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    index.write_text(json.dumps(facts, indent=2) + "\n")
+    write_text(index, json.dumps(facts, indent=2) + "\n")
     return [*files, index]
 
 

@@ -1,17 +1,22 @@
 """From pixels, sound and words to what the frozen encoders make of them."""
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator
+import math
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
+from socket import gethostname
 from typing import Protocol
 
 import numpy as np
 import torch
+from filelock import Timeout
 from safetensors.torch import save
 from torch import Tensor
 
 from kit.batch import Sample
+from kit.data.claims import claim
 from kit.data.clips import (
     RawSample,
     num_context,
@@ -19,7 +24,8 @@ from kit.data.clips import (
     read_pictures,
     read_tracks,
 )
-from kit.data.fields import INDEX_NAME, IndexedShard, Settings
+from kit.data.fields import INDEX_NAME, Settings
+from kit.data.remote import RemoteFolder
 from kit.data.shards import Shards
 from kit.data.windows import WindowPlan, plan_windows
 from kit.data.writer import index_tar, shard_name, write_index, write_shard
@@ -141,7 +147,7 @@ def to_video(pictures: np.ndarray) -> Tensor:
 
 
 def encode_shards(
-    source: Path,
+    source: Path | RemoteFolder,
     out: Path,
     encoder: ClipEncoder,
     plan: WindowPlan,
@@ -150,10 +156,13 @@ def encode_shards(
     *,
     overwrite: bool = False,
     clips_per_shard: int = CLIPS_PER_SHARD,
+    place: tuple[int, int] = (0, 1),
 ) -> None:
     """Encode every window of every clip of raw shards, a few clips at a time.
 
-    A run that was stopped goes on behind the last shard that it finished.
+    A run that was stopped goes on behind the shards that it finished. Any number of processes, on
+    any machines that see `out`, may do so together: each claims one shard after another, and takes
+    over what others claimed and left. They write the same bytes as one alone.
 
     Args:
         source: folder of raw shards.
@@ -164,6 +173,7 @@ def encode_shards(
         report: told after each shard.
         overwrite: begin anew where out was begun with other clips or settings.
         clips_per_shard: what an interruption costs at most.
+        place: (rank, world) of this process, which only decides where it begins.
 
     Raises:
         InputError: source holds no raw shards, or out was begun with other clips or settings.
@@ -172,17 +182,49 @@ def encode_shards(
     if shards.kind != "raw":
         raise InputError(f"{source}: these shards are encoded already; give the raw ones")
     out.mkdir(parents=True, exist_ok=True)
-    _begin(out, {"source": _digest(source), **settings}, overwrite=overwrite)
-    finished: list[IndexedShard] = []
-    starts = range(0, len(shards), clips_per_shard)
-    for number, start in enumerate(starts):
-        target, stop = out / shard_name(number), min(start + clips_per_shard, len(shards))
-        if not target.exists():
-            clips = (_encoded(shards, clip, encoder, plan) for clip in range(start, stop))
-            write_shard(target, clips)
-        finished.append(index_tar(target))
-        report(f"{stop} of {len(shards)} clips encoded")
-    write_index(out, "encoded", settings, finished)
+    with claim(out / BEGUN_NAME):
+        _begin(out, {"source": shards.digest, **settings}, overwrite=overwrite)
+    count = math.ceil(len(shards) / clips_per_shard)
+    targets = [out / shard_name(number) for number in range(count)]
+    with closing(_claimed(targets, place)) as numbers:
+        for number in numbers:
+            start = number * clips_per_shard
+            clips = range(start, min(start + clips_per_shard, len(shards)))
+            _write_shard(targets[number], (_encoded(shards, c, encoder, plan) for c in clips))
+            done = len(list(out.glob("shard-*.tar"))) * clips_per_shard
+            report(f"{min(done, len(shards))} of {len(shards)} clips encoded")
+    with claim(out / INDEX_NAME):
+        if not (out / INDEX_NAME).exists():
+            indexed = [index_tar(target) for target in targets]
+            write_index(out, "encoded", settings, indexed, shards.digest)
+            # What those left who were killed.
+            for left in out.glob("shard-*.tar.*"):
+                left.unlink(missing_ok=True)
+
+
+def _claimed(targets: Sequence[Path], place: tuple[int, int]) -> Generator[int]:
+    """Claim files that are not there yet, one by one, until all are there.
+
+    Processes begin at places far from each other. What others have claimed is waited for at the
+    end, since they may die.
+    """
+    rank, world = place
+    first = len(targets) * rank // world
+    numbers = [*range(first, len(targets)), *range(first)]
+    for timeout in (0, -1):
+        for number in numbers:
+            if targets[number].exists():
+                continue
+            with suppress(Timeout), claim(targets[number]).acquire(timeout=timeout):
+                if not targets[number].exists():
+                    yield number
+
+
+def _write_shard(target: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """Write a shard under a name of this process before it gets its own."""
+    own = target.with_name(f"{target.name}.{gethostname()}-{os.getpid()}")
+    write_shard(own, samples)
+    own.replace(target)
 
 
 def _encoded(
@@ -243,12 +285,3 @@ def _read_begun(path: Path) -> Settings:
     except (OSError, ValueError):
         return {}
     return begun
-
-
-def _digest(folder: Path) -> str:
-    """Hash all that a folder of shards holds: a caption can change without changing a size."""
-    digest = hashlib.sha256()
-    for path in sorted((*folder.glob("*.tar"), folder / INDEX_NAME)):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -2,11 +2,15 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset
 
 from kit.data.order import Draw, Order
+from kit.data.prefetch import Prefetching
+from kit.errors import InputError
 
 
 class Clips(Protocol):
@@ -17,11 +21,19 @@ class Clips(Protocol):
 
 
 class _Draws(Dataset[Any]):
+    """Gives an error in place of a sample.
+
+    One that crosses processes on its own has its whole traceback for a message.
+    """
+
     def __init__(self, clips: Clips) -> None:
         self.clips = clips
 
     def __getitem__(self, draw: Draw) -> Any:
-        return self.clips[draw]
+        try:
+            return self.clips[draw]
+        except InputError as error:
+            return error
 
 
 class ResumableLoader:
@@ -38,6 +50,7 @@ class ResumableLoader:
         world: number of processes.
         num_workers: loader processes; 0 reads in this one.
         collate: turns a list of samples into what the training step gets.
+        prefetching: works beside the reading, if the samples lie elsewhere.
     """
 
     def __init__(
@@ -49,14 +62,16 @@ class ResumableLoader:
         world: int,
         num_workers: int,
         collate: Callable[[list[Any]], Any],
+        prefetching: Prefetching | None = None,
     ) -> None:
-        self.dataset = _Draws(clips)
+        self.dataset = clips
         self.order = order
         self.num_batches = num_batches
         self.rank = rank
         self.world = world
         self.num_workers = num_workers
         self.collate = collate
+        self.prefetching = prefetching
         self.handed_out = 0
 
     def __len__(self) -> int:
@@ -68,18 +83,30 @@ class ResumableLoader:
         return self.num_batches + 1
 
     def __iter__(self) -> Iterator[Any]:
-        """Hand out the batches that are left."""
-        order = self.order.batches(self.handed_out, self.num_batches, self.rank, self.world)
+        """Hand out the batches that are left.
+
+        Raises:
+            InputError: a sample cannot be read.
+        """
         loader = DataLoader(
-            self.dataset,
-            batch_sampler=order,
+            _Draws(self.dataset),
+            batch_sampler=self._order_left(),
             num_workers=self.num_workers,
-            collate_fn=self.collate,
+            collate_fn=partial(_collate, self.collate),
             worker_init_fn=_leave_signals_to_parent,
         )
-        for batch in loader:
-            self.handed_out += 1
-            yield batch
+        # Workers are forked before a thread begins.
+        batches = iter(loader)
+        try:
+            with self._prefetching():
+                for batch in batches:
+                    if isinstance(batch, InputError):
+                        raise batch
+                    self.handed_out += 1
+                    yield batch
+        finally:
+            # Its workers end with it, and an error may hold this frame for long.
+            del batches
 
     def state_dict(self) -> dict[str, int]:
         """Save how far all processes together have come."""
@@ -88,6 +115,20 @@ class ResumableLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on behind the batches of a saved state, also with another number of processes."""
         self.handed_out = state["batches"] // self.world
+
+    def _order_left(self) -> Iterator[list[Draw]]:
+        return self.order.batches(self.handed_out, self.num_batches, self.rank, self.world)
+
+    def _prefetching(self) -> AbstractContextManager[None]:
+        if self.prefetching is None:
+            return nullcontext()
+        numbered = enumerate(self._order_left(), start=self.handed_out)
+        return self.prefetching.beside(numbered, lambda: self.handed_out)
+
+
+def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    errors = (sample for sample in samples if isinstance(sample, InputError))
+    return next(errors, None) or collate(samples)
 
 
 def _leave_signals_to_parent(worker: int) -> None:

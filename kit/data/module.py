@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,10 +15,13 @@ from pydantic import Field
 
 from kit.batch import Batch, collate
 from kit.data.clips import EncodedClips, RawClips, Selection
+from kit.data.connection import is_address
 from kit.data.encode import ClipEncoder, ClipEncoders
 from kit.data.fields import ENCODED_FOLDER, INDEX_NAME, Meta, Settings
 from kit.data.loader import ResumableLoader
-from kit.data.order import Order
+from kit.data.order import Mixing, Order
+from kit.data.prefetch import Prefetching
+from kit.data.remote import Cache, RemoteFolder, default_cache, find_shards
 from kit.data.shards import Shards
 from kit.data.windows import ReferenceStrategy, WindowPlan, plan_windows
 from kit.errors import InputError
@@ -23,7 +29,41 @@ from kit.errors import InputError
 FeatureDtype = Literal["float32", "float16", "bfloat16"]
 
 
-class ShardData(LightningDataModule):
+class RunData(LightningDataModule, ABC):
+    """What a run needs of its data."""
+
+    @abstractmethod
+    def problems(self) -> list[str]:
+        """List what is wrong with the options or the files, in words."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Identify the samples, wherever they lie."""
+
+    @abstractmethod
+    def prepare_run(
+        self,
+        load_encoders: Callable[[], ClipEncoders] | None,
+        seed: int,
+        num_batches: int,
+        place: tuple[int, int],
+    ) -> None:
+        """Open the data for a run.
+
+        Args:
+            load_encoders: called once if the samples are not encoded; without it they are handed
+                out as they are.
+            seed: of the run.
+            num_batches: batches that one process will use.
+            place: (rank, world) of this process.
+        """
+
+    @abstractmethod
+    def train_dataloader(self) -> ResumableLoader:
+        """Give Lightning the run's one loader."""
+
+
+class ShardData(RunData):
     """Windows of character clips from a folder of shards.
 
     Args:
@@ -31,7 +71,8 @@ class ShardData(LightningDataModule):
         pixel_stride: pixels in a latent position of the base.
         fps: frames per second of the base.
         fingerprint: of the base's encoders; None if the base cannot tell.
-        path: folder that `kit prepare` wrote; encoded shards inside it win over the raw ones.
+        path: folder that `kit prepare` wrote, or its address, such as `s3://bucket/shards`; encoded
+            shards inside it win over the raw ones.
         batch_size: windows in a batch.
         window_frames: video frames in a window, 4n + 1; Wan was trained on 81.
         windows_per_clip: windows of a clip at most, spread evenly.
@@ -42,6 +83,10 @@ class ShardData(LightningDataModule):
         feature_dtype: what features are rounded to, and stored as when encoded.
         negative_text: what takes the place of a dropped caption.
         num_workers: loader processes.
+        mixed_shards: shuffle the shards, and samples only among so many of them at a time, so that
+            a cache need not hold all; without it all samples are shuffled together.
+        cache: folder for shards of an address; in the user's own folder for caches if absent.
+        cache_gb: what it may hold, in 10^9 bytes; without it nothing is dropped.
     """
 
     def __init__(
@@ -62,8 +107,12 @@ class ShardData(LightningDataModule):
         feature_dtype: FeatureDtype = "float32",
         negative_text: str = "",
         num_workers: Annotated[int, Field(ge=0)] = 2,
+        mixed_shards: Annotated[int, Field(ge=1)] | None = None,
+        cache: str | None = None,
+        cache_gb: Annotated[float, Field(gt=0)] | None = None,
     ) -> None:
         super().__init__()
+        self.address = path if is_address(path) else None
         self.path = Path(path)
         self.fingerprint = fingerprint
         self.batch_size = batch_size
@@ -75,14 +124,28 @@ class ShardData(LightningDataModule):
         self.feature_dtype = feature_dtype
         self.negative_text = negative_text
         self.num_workers = num_workers
+        self.mixed_shards = mixed_shards
+        max_bytes = math.inf if cache_gb is None else cache_gb * 1e9
+        self.cache = Cache(Path(cache) if cache else default_cache(), max_bytes)
         self.frame_stride = frame_stride
         self.pixel_stride = pixel_stride
 
     @property
-    def folder(self) -> Path:
-        """Find the shards to use: encoded ones, if there are any."""
+    def folder(self) -> Path | RemoteFolder:
+        """Find the shards to use: encoded ones, if there are any.
+
+        Raises:
+            InputError: there are none at the address.
+        """
+        if self.address is not None:
+            return self._remote
         encoded = self.path / ENCODED_FOLDER
         return encoded if (encoded / INDEX_NAME).exists() else self.path
+
+    @cached_property
+    def _remote(self) -> RemoteFolder:
+        assert self.address is not None
+        return find_shards(self.address, self.cache)
 
     @property
     def settings(self) -> Settings:
@@ -100,7 +163,7 @@ class ShardData(LightningDataModule):
 
     def problems(self) -> list[str]:
         """List what is wrong with the options or the shards, in words."""
-        return [*self.option_problems(), *self.shard_problems(self.folder)]
+        return [*self.option_problems(), *self.shard_problems()]
 
     def option_problems(self) -> list[str]:
         """List options that do not go together, in words."""
@@ -119,14 +182,21 @@ class ShardData(LightningDataModule):
             )
         return found
 
-    def shard_problems(self, folder: Path) -> list[str]:
-        """List what about the shards of a folder does not fit the options, in words."""
+    def shard_problems(self, folder: Path | RemoteFolder | None = None) -> list[str]:
+        """List what about the shards does not fit the options, in words; of another folder too."""
         try:
+            folder = folder or self.folder
             shards = Shards(folder)
         except InputError as error:
             return [f"data.path: {error}"]
         if len(shards) == 0:
             return [f"data.path: {folder} holds no samples"]
+        if isinstance(folder, RemoteFolder) and not self._fits_cache(folder):
+            return [
+                f"data.cache_gb: {self.cache.max_bytes / 1e9:g} is less than what is read at a "
+                f"time of the {folder.num_bytes / 1e9:.3g} GB at {folder}; give more, or mix fewer "
+                "shards at a time by data.mixed_shards"
+            ]
         if shards.kind == "encoded" and shards.settings != self.settings:
             return [
                 f"data.{name}: the shards were encoded with {shards.settings.get(name)!r}, the "
@@ -149,10 +219,14 @@ class ShardData(LightningDataModule):
         ]
 
     def digest(self) -> str:
-        """Identify the samples, the same for raw and encoded shards, wherever they lie."""
+        """Identify the samples wherever they lie, the same for raw and encoded shards.
+
+        Where samples are mixed by shards, it counts how they lie in them.
+        """
         shards = Shards(self.folder)
         facts = [(shards.key(number), shards.meta(number)) for number in range(len(shards))]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        files = [shards.file(number) for number in range(len(shards))] if self.mixed_shards else []
+        return hashlib.sha256(json.dumps([*facts, *files], sort_keys=True).encode()).hexdigest()
 
     def notes(self) -> list[str]:
         """List what is worth knowing before a run, in words; the shards are known to be fit."""
@@ -180,16 +254,9 @@ class ShardData(LightningDataModule):
         num_batches: int,
         place: tuple[int, int],
     ) -> None:
-        """Open the shards for a run.
-
-        Args:
-            load_encoders: called once if the shards are raw; without it raw samples are handed
-                out as they are.
-            seed: of the run.
-            num_batches: batches that one process will use.
-            place: (rank, world) of this process.
-        """
-        shards = Shards(self.folder)
+        """Open the shards for a run; encoded ones need no encoders."""
+        folder = self.folder
+        shards = Shards(folder)
         selection = Selection(
             self.plan,
             self.first_chunk,
@@ -202,10 +269,14 @@ class ShardData(LightningDataModule):
         self.encoder = None
         if is_raw and load_encoders is not None:
             self.encoder = self.clip_encoder(load_encoders())
-        clips = RawClips(shards, selection) if is_raw else EncodedClips(shards, selection)
-        order = Order([self._bucket(shards, i) for i in range(len(shards))], self.batch_size, seed)
         self.loader = ResumableLoader(
-            clips, order, num_batches, *place, self.num_workers, list if is_raw else collate
+            RawClips(shards, selection) if is_raw else EncodedClips(shards, selection),
+            self._order(shards, seed),
+            num_batches,
+            *place,
+            self.num_workers,
+            list if is_raw else collate,
+            Prefetching(folder, shards) if isinstance(folder, RemoteFolder) else None,
         )
 
     def clip_encoder(self, encoders: ClipEncoders) -> ClipEncoder:
@@ -224,10 +295,22 @@ class ShardData(LightningDataModule):
             batch = collate([self.encoder.sample(raw, self.frame_stride) for raw in batch])
         return batch.to(device) if isinstance(batch, Batch) else batch
 
+    def _order(self, shards: Shards, seed: int) -> Order:
+        buckets = [self._bucket(shards, number) for number in range(len(shards))]
+        mixing = Mixing(shards.by_shard(), self.mixed_shards) if self.mixed_shards else None
+        return Order(buckets, self.batch_size, seed, mixing)
+
     def _bucket(self, shards: Shards, number: int) -> tuple[int, int, int]:
         meta = shards.meta(number)
         num_frames = 1 if meta["kind"] == "image" else self.plan.window_frames
         return num_frames, meta["height"], meta["width"]
+
+    def _fits_cache(self, folder: RemoteFolder) -> bool:
+        """Whether what is mixed fits into the cache, and as much again that comes next."""
+        if self.mixed_shards is None:
+            return folder.num_bytes <= self.cache.max_bytes
+        at_once = 2 * self.mixed_shards * max(folder.sizes.values())
+        return min(at_once, folder.num_bytes) <= self.cache.max_bytes
 
 
 def _has_places(meta: Meta) -> bool:

@@ -121,7 +121,8 @@ def _make_room(out: Path, request: str, *, overwrite: bool) -> None:
         )
     # Encoded shards of other clips must not be taken for those of these.
     for path in (*ours, out / ENCODED_FOLDER / INDEX_NAME):
-        path.unlink(missing_ok=True)
+        if path.name != BEGUN_NAME:  # says whose the others are, if this is stopped
+            path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / BEGUN_NAME).write_text(request + "\n")
 

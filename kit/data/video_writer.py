@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kit.atomic import atomic_write
 from kit.batch import SAMPLE_RATE
 from kit.data.container import exact_rate
 from kit.data.video_reader import KEYFRAME_INTERVAL
@@ -103,9 +104,19 @@ def join_videos(parts: Sequence[Path], path: Path, *, fps: float, speech: Tensor
         fps: frames per second of all of them.
         speech: at 16 kHz; cut or filled with silence to the video's length. [samples]
     """
-    rate, num_frames = exact_rate(fps), 0
+    rate = exact_rate(fps)
     unfinished = path.with_suffix(".partial.mkv")
-    with av.open(str(parts[0])) as first, av.open(str(unfinished), "w", format="matroska") as new:
+    try:
+        num_frames = _join(parts, unfinished, rate, speech)
+        _remux(unfinished, path, rate, num_frames)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _join(parts: Sequence[Path], path: Path, rate: Fraction, speech: Tensor | None) -> int:
+    """Write a Matroska file of all parts; gives the number of its frames."""
+    num_frames = 0
+    with av.open(str(parts[0])) as first, av.open(str(path), "w", format="matroska") as new:
         video = new.add_stream_from_template(first.streams.video[0])
         sound = _Sound(new, speech, rate)
         for part in parts:
@@ -118,8 +129,7 @@ def join_videos(parts: Sequence[Path], path: Path, *, fps: float, speech: Tensor
                         num_frames += 1
                         sound.reach(num_frames)
         sound.finish(num_frames)
-    _remux(unfinished, path, rate, num_frames)
-    unfinished.unlink()
+    return num_frames
 
 
 class _Sound:
@@ -227,9 +237,9 @@ def _place(packet: "Packet[Any]", number: int, rate: Fraction) -> None:
 
 def _remux(source: Path, target: Path, rate: Fraction, num_frames: int) -> None:
     """Copy packets into an mp4 that can be played while it loads, then put it in its place."""
-    unfinished = target.with_suffix(".partial.mp4")
     options = {"movflags": "+faststart"}
     with (
+        atomic_write(target) as unfinished,
         av.open(str(source)) as old,
         av.open(str(unfinished), "w", format="mp4", options=options) as new,
     ):
@@ -248,4 +258,3 @@ def _remux(source: Path, target: Path, rate: Fraction, num_frames: int) -> None:
                 packet.duration = min(packet.duration, round(left))
             packet.stream = copies[packet.stream.index]
             new.mux(packet)
-    unfinished.replace(target)

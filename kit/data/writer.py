@@ -4,6 +4,7 @@ A shard is a tar file whose members are named `<key>.<extension>`. It appears un
 when it is complete, and `index.json` only when all shards are.
 """
 
+import hashlib
 import json
 import os
 import tarfile
@@ -59,6 +60,7 @@ class ShardWriter:
         self._max_bytes = max_bytes
         self._shards: list[IndexedShard] = []
         self._current: _Shard | None = None
+        self._content = hashlib.sha256()
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,8 @@ class ShardWriter:
         if self._current is None:
             self._current = _Shard(self._folder / shard_name(len(self._shards)))
         self._current.write(key, members)
+        for content in members.values():
+            self._content.update(content)
         full = self._current.num_samples >= self._max_samples
         if full or self._current.num_bytes >= self._max_bytes:
             self._close_shard()
@@ -84,7 +88,8 @@ class ShardWriter:
                 self._current.discard()
             return
         self._close_shard()
-        write_index(self._folder, self._kind, self._settings, self._shards)
+        digest = self._content.hexdigest()
+        write_index(self._folder, self._kind, self._settings, self._shards, digest)
 
     def _close_shard(self) -> None:
         if self._current is not None:
@@ -110,9 +115,21 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
 
 
 def write_index(
-    folder: Path, kind: ShardKind, settings: Settings, shards: Sequence[IndexedShard]
+    folder: Path,
+    kind: ShardKind,
+    settings: Settings,
+    shards: Sequence[IndexedShard],
+    digest: str,
 ) -> None:
-    """Write `index.json`, whole or not at all."""
+    """Write `index.json`, whole or not at all.
+
+    Args:
+        folder: of the shards.
+        kind: what the samples are.
+        settings: what they were encoded with.
+        shards: in order.
+        digest: of all that they hold or were made of, so that other content shows in the index.
+    """
     index = Index(
         format=INDEX_FORMAT,
         version=INDEX_VERSION,
@@ -123,7 +140,7 @@ def write_index(
     partial = folder / f"{INDEX_NAME}.partial"
     try:
         with partial.open("w", encoding="utf-8") as file:
-            json.dump(index, file, ensure_ascii=False)
+            json.dump({**index, "digest": digest}, file, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(folder / INDEX_NAME)
@@ -142,22 +159,38 @@ def read_index(folder: Path) -> Index:
     path = folder / INDEX_NAME
     if not path.exists():
         return _index_of_tars(folder)
+    index = parse_index(path.read_bytes(), path)
+    for shard in index["shards"]:
+        _check_size(folder / shard["file"], shard["bytes"])
+    return index
+
+
+def parse_index(content: bytes, place: Path | str) -> Index:
+    """Read an index without looking at its shards.
+
+    Args:
+        content: of the file.
+        place: where it lies, for errors.
+
+    Raises:
+        InputError: it is no index of ours, or places members outside of their shards.
+    """
     try:
-        facts = json.loads(path.read_bytes())
+        facts = json.loads(content)
         found = (facts["format"], facts["version"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not an index of shards") from error
+        raise InputError(f"{place} is not an index of shards") from error
     if found != (INDEX_FORMAT, INDEX_VERSION):
         raise InputError(
-            f"{path} has format '{found[0]}', version {found[1]}; "
+            f"{place} has format '{found[0]}', version {found[1]}; "
             f"this kit reads '{INDEX_FORMAT}', version {INDEX_VERSION}"
         )
     try:
         index = TypeAdapter(Index).validate_python(facts)
     except ValidationError as error:
-        raise InputError(f"{path}: {_first_finding(error)}") from error
+        raise InputError(f"{place}: {_first_finding(error)}") from error
     for shard in index["shards"]:
-        _check_shard(folder, shard)
+        _check_places(shard, place)
     return index
 
 
@@ -268,23 +301,25 @@ def _read_meta(path: Path, key: str, places: Mapping[str, tuple[int, int]]) -> M
         raise InputError(f"{path}: {key}.json: {_first_finding(error)}") from error
 
 
-def _check_shard(folder: Path, shard: IndexedShard) -> None:
-    name = shard["file"]
-    if not _is_plain_name(name):
-        raise InputError(f"{folder / INDEX_NAME}: '{name}' must be a file name without folders")
-    path = folder / name
+def _check_size(path: Path, num_bytes: int) -> None:
     if not path.is_file():
         raise InputError(f"{path} is named in {INDEX_NAME} but is not there")
     size = path.stat().st_size
-    if size != shard["bytes"]:
-        verb = "cut" if size < shard["bytes"] else "changed"
-        raise InputError(f"{path} is {verb}: {size} bytes instead of {shard['bytes']}")
+    if size != num_bytes:
+        verb = "cut" if size < num_bytes else "changed"
+        raise InputError(f"{path} is {verb}: {size} bytes instead of {num_bytes}")
+
+
+def _check_places(shard: IndexedShard, place: Path | str) -> None:
+    name = shard["file"]
+    if not _is_plain_name(name):
+        raise InputError(f"{place}: '{name}' must be a file name without folders")
     for sample in shard["samples"]:
         if not _is_plain_name(sample["key"]):
-            raise InputError(f"{folder / INDEX_NAME}: '{sample['key']}' cannot be a sample's name")
+            raise InputError(f"{place}: '{sample['key']}' cannot be a sample's name")
         for extension, (offset, length) in sample["members"].items():
-            if offset < 0 or length < 0 or offset + length > size:
-                raise InputError(f"{path}: {sample['key']}.{extension} lies outside the file")
+            if offset < 0 or length < 0 or offset + length > shard["bytes"]:
+                raise InputError(f"{place}: {sample['key']}.{extension} lies outside the file")
 
 
 def _is_plain_name(name: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kit.atomic import write_text
 from kit.errors import InputError
 from kit.metrics.identity import Features, color_identity, load_features
 from kit.metrics.report import Known, Report, talking_report
@@ -33,7 +34,7 @@ class VideoReport:
 
     def write(self, path: Path) -> None:
         """Write all of it as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     def lines(self) -> list[str]:
         """Lay the numbers out as a table, with `-` for what cannot be told."""

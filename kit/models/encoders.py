@@ -222,6 +222,17 @@ class WanEncoders:
         for part in parts or ("video", "text", "image", "speech"):
             self.__dict__.pop(f"_{part}", None)
 
+    def outline(self) -> dict[str, nn.Module]:
+        """Build the networks without memory, in the dtypes that they will have."""
+        dtypes = {"vae": self._video_dtype, "text_encoder": self._text_dtype}
+        networks: dict[str, nn.Module] = {
+            name: empty_network(self._layout.parts[name]) for name in NETWORKS
+        }
+        for name, network in networks.items():
+            for parameter in network.parameters():
+                parameter.data = parameter.data.to(dtypes.get(name, torch.float32))
+        return networks
+
     @cached_property
     def _video(self) -> VideoEncoder:
         vae: AutoencoderKLWan = self._load("vae", self._video_dtype)

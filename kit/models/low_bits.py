@@ -1,4 +1,4 @@
-"""Linear layers of a frozen base in four or eight bits, by bitsandbytes: room for its adapter.
+"""Linear layers of a frozen base in four or eight bits: room for its adapter.
 
 A layer is exchanged while it has no memory, and its weight is quantised as soon as it is read.
 """
@@ -15,6 +15,7 @@ from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params
 from torch import Tensor, nn
 
 from kit.models.base import Denoiser
+from kit.models.float8 import FLOAT8, Float8Linear
 
 QUANTISED_PARTS = ("attention", "ffn")
 """Parts of a denoiser whose layers bear it. Embeddings, modulation, norms and head are in no part,
@@ -34,16 +35,20 @@ class Form:
 
     Attributes:
         layer: (dense layer, dtype to compute in) -> the layer to take its place.
-        flag: attribute of a network by which PEFT knows that it has such layers.
+        flag: attribute of a network by which PEFT knows that it has such layers; None if it need
+            not know.
         block: weights of a row that share a factor; rows hold a multiple of it.
         adapters: kinds of adapters that train on such layers. PEFT 0.21 takes the size of packed
-            weights for that of the layer in the others, and loses the factors of `int8` in dora.
+            weights for that of the layer in the others, and loses the factors of `int8` and `fp8`
+            in dora.
+        is_packed: whether the numbers are integers, of which each process needs all.
     """
 
     layer: Callable[[nn.Linear, torch.dtype], nn.Linear]
-    flag: str
+    flag: str | None
     block: int
     adapters: tuple[str, ...]
+    is_packed: bool = True
 
 
 def _four_bits(dense: nn.Linear, dtype: torch.dtype, *, is_double: bool) -> nn.Linear:
@@ -70,16 +75,22 @@ def _eight_bits(dense: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     )
 
 
+def _float8(dense: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    return Float8Linear(dense.in_features, dense.out_features, dtype)
+
+
 _FOUR_BITS = partial(Form, flag="is_loaded_in_4bit", block=BLOCK, adapters=("lora", "dora"))
 
 FORMS: Mapping[str, Form] = {
     "nf4": _FOUR_BITS(partial(_four_bits, is_double=False)),
     "nf4_double": _FOUR_BITS(partial(_four_bits, is_double=True)),
     "int8": Form(_eight_bits, flag="is_loaded_in_8bit", block=1, adapters=("lora",)),
+    "fp8": Form(_float8, None, block=1, adapters=("lora", "loha", "lokr"), is_packed=False),
 }
 """Normal float of 4 bits with a factor for 64 weights, the factors quantised as well or not
 (Dettmers et al. 2023); integers of 8 bits with a factor for each row, to which float16 inputs are
-rounded as well (Dettmers et al. 2022; in training on a CPU inputs stay as they are)."""
+rounded as well (Dettmers et al. 2022; in training on a CPU inputs stay as they are): these by
+bitsandbytes. Floats of 8 bits with a factor for each row, inputs as they are."""
 
 
 def quantisation_problems(denoiser: Denoiser, form: str, full_blocks: Sequence[int]) -> list[str]:
@@ -123,25 +134,31 @@ def exchange_layers(
         layer = FORMS[form].layer(dense, dtype)
         layer.bias = dense.bias
         denoiser.set_submodule(name, layer)
-    setattr(denoiser, FORMS[form].flag, True)
+    flag = FORMS[form].flag
+    if flag is not None:
+        setattr(denoiser, flag, True)
 
 
 def is_quantised(network: nn.Module) -> bool:
     """Tell whether any layer of a network is held in few bits."""
-    return any(isinstance(p, Params4bit | Int8Params) for p in network.parameters())
+    return any(p.dtype == FLOAT8 or not p.is_floating_point() for p in network.parameters())
 
 
 def assign_quantised(model: nn.Module, name: str, value: Tensor) -> None:
     """Give a parameter its value, quantised if it is the weight of an exchanged layer."""
     empty = model.get_parameter(name)
     parent, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(parent)
+    if isinstance(layer, Float8Linear) and leaf == "weight":
+        layer.fill(value)
+        return
     if isinstance(empty, Params4bit):
         weight: nn.Parameter = _to_four_bits(value, empty.compress_statistics)
     elif isinstance(empty, Int8Params):
         weight = _to_eight_bits(value)
     else:
         weight = nn.Parameter(value, requires_grad=False)
-    setattr(model.get_submodule(parent), leaf, weight)
+    setattr(layer, leaf, weight)
 
 
 def _to_four_bits(value: Tensor, is_double: bool) -> Params4bit:

@@ -41,7 +41,7 @@ from kit.models.sizes import wan_config
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16"]
-Quantisation = Literal["nf4", "nf4_double", "int8"]
+Quantisation = Literal["nf4", "nf4_double", "int8", "fp8"]
 GLANCE_BYTES = 1 << 20
 DRAWN_WITH_LORAS = "base.loras: these files change trained weights, but the denoiser's are drawn"
 
@@ -66,9 +66,10 @@ class WanBase(Base):
         loras: LoRA files to merge into the denoiser while it is read.
         dtype: of the denoiser and the text encoder; parts that need float32 keep it.
         video_dtype: of the video autoencoder; on a CPU, bfloat16 is several times as fast.
-        quantise: how the linear layers of attention and FFN are held in the denoiser, by
-            bitsandbytes; all else stays in `dtype`. `nf4` takes 4.5 bits for a weight, `nf4_double`
-            4.13, `int8` 8. An adapter can train on it; its weights cannot.
+        quantise: how the linear layers of attention and FFN are held in the denoiser; all else
+            stays in `dtype`. `nf4` takes 4.5 bits for a weight, `nf4_double` 4.13, `int8` and `fp8`
+            8; only `fp8` can be distributed or offloaded. An adapter can train on it; its weights
+            cannot.
         full_blocks: numbers of the blocks that are not quantised; -1 is the last one.
         decode_tile: side in pixels of the overlapping tiles in which videos are decoded, so that
             less memory is needed; whole frames without it. Their borders are blended.

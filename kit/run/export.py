@@ -18,6 +18,7 @@ from kit.adapters.merged import LAYOUTS, cast, write_audio
 from kit.adapters.metadata import recipe_of
 from kit.adapters.resize import to_lora
 from kit.adapters.verify import verify
+from kit.atomic import write_text
 from kit.errors import InputError, did_you_mean
 from kit.models import BASES
 from kit.models.base import Base
@@ -222,7 +223,7 @@ class _Exporting:
         for place, values in configurations.items():
             files.append(folder / place)
             files[-1].parent.mkdir(exist_ok=True)
-            files[-1].write_text(json.dumps(values, indent=2) + "\n")
+            write_text(files[-1], json.dumps(values, indent=2) + "\n")
         return files
 
     def write_audio(self, base: Base | None, folder: Path) -> list[Path]:

@@ -16,14 +16,16 @@ from lightning import Callback
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from kit.adapters.files import AdapterInfo, write_adapter
+from kit.adapters.files import AdapterInfo, load_info, write_adapter
 from kit.adapters.lora import adapter_tensors
+from kit.atomic import write_text
 from kit.errors import InputError
 from kit.models.base import Denoiser, Encoders
 from kit.models.checkpoints import parameter_shapes
 from kit.models.hollow import whole
 from kit.recipe import Recipe
 from kit.run.bases import adapter_files
+from kit.run.fallbacks import Fallbacks
 from kit.run.parts import FitParts, build_fit
 from kit.run.processes import distribute_base, share_frames
 from kit.run.recipes import FIT, read_as
@@ -37,7 +39,7 @@ from kit.training.checkpoints import (
     require_same_recipe,
     step_of,
 )
-from kit.training.curves import read_curves
+from kit.training.curves import draw_curves, read_curves
 from kit.training.ema import AdapterEMA
 from kit.training.module import Fitting, LossNotFinite
 from kit.training.previews import Previews
@@ -66,28 +68,39 @@ def fit(recipe: str, overrides: Sequence[str], report: Callable[[str], None]) ->
     checked = read_as(recipe, overrides, FIT)
     parts = build_fit(checked)
     folder = RUNS / str(checked["name"])
+    fallbacks = Fallbacks(checked, folder / "out_of_memory.txt", parts.training.world, report)
+
+    def train(lowered: Recipe) -> None:
+        _train(checked, parts if lowered is checked else build_fit(lowered), folder, report)
+
+    fallbacks.run(train)
+    return folder
+
+
+def _train(checked: Recipe, parts: FitParts, folder: Path, report: Callable[[str], None]) -> None:
+    """Train as far as the recipe says, from the newest checkpoint if there is one."""
     # What shards and adapters hold counts, not where they lie.
     files = {str(path): digest_of(path) for path in adapter_files(checked)}
     values = {**checked.values, "shards": parts.data.digest(), "files": files}
     values[BATCHES_PER_STEP] = parts.training.batches_per_step
-    resume = newest_checkpoint(folder / "checkpoints")
+    resume = newest_checkpoint(folder / "checkpoints", report)
     if resume is not None:
         require_same_recipe(resume, values)
         if is_finished(resume, parts.training.max_steps, folder / ADAPTER_NAME):
             report(f"{folder} is at step {step_of(resume)} already; there is nothing to do")
-            return folder
+            return
         report(f"going on from {resume}")
     for note in (*parts.base.notes(), *parts.data.notes()):
         report(note)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(checked.text)
     _Run(checked, values, parts, folder, report).train(resume)
-    return folder
 
 
-def is_finished(checkpoint: Path, max_steps: int, result: Path) -> bool:
-    """Tell whether a run has done all its steps and left its result."""
-    return step_of(checkpoint) >= max_steps and result.exists()
+def is_finished(checkpoint: Path, max_steps: int, adapter: Path) -> bool:
+    """Tell whether a run has done all its steps and left the adapter of the last one."""
+    done = step_of(checkpoint)
+    return done >= max_steps and adapter.exists() and load_info(adapter).steps == done
 
 
 @dataclass(frozen=True)
@@ -113,9 +126,11 @@ class _Run:
         place = trainer.global_rank // share, trainer.world_size // share
         parts.data.prepare_run(encoders, seed, parts.training.num_batches, place)
         is_hollow = parts.training.is_sharded and self.recipe.values["base"].get("quantise") is None
-        load = parts.base.load_denoiser
-        denoiser = parts.base.hollow_denoiser() if is_hollow else load(device)
-        if resume is None and not is_hollow and trainer.is_global_zero:
+        load, is_offloaded = parts.base.load_denoiser, parts.training.is_offloaded
+        waits_at = torch.device("cpu") if is_offloaded else device
+        denoiser = parts.base.hollow_denoiser() if is_hollow else load(waits_at)
+        # A whole denoiser on the host would compute there for hours.
+        if resume is None and not is_hollow and not is_offloaded and trainer.is_global_zero:
             self._report_rounding(denoiser, device)
         module = self._module(denoiser, device)
         try:
@@ -143,7 +158,14 @@ class _Run:
         parts.adapter.inject(denoiser, seed)
         denoiser.checkpoint_activations(parts.training.checkpoint_blocks)
         task = DenoiserTask(denoiser, parts.objective, parts.dropout, seed)
-        module = Fitting(task, parts.optimizer, seed, dict(self.values), shard).train()
+        module = Fitting(
+            task,
+            parts.optimizer,
+            seed,
+            dict(self.values),
+            shard,
+            has_activations_on_host=parts.training.has_activations_on_host,
+        ).train()
         trained = sum(parameter.numel() for parameter in module.trained().values())
         every = sum(math.prod(shape) for shape in parameter_shapes(denoiser).values())
         self.report(f"{trained:,} of {every:,} parameters train")
@@ -156,8 +178,10 @@ class _Run:
         device: torch.device,
         mesh: DeviceMesh,
     ) -> None:
-        distribute_base(self.parts.base, denoiser, start, mesh, device)
-        share_frames(denoiser, self.parts.training.split_frames)
+        training = self.parts.training
+        base, is_offloaded = self.parts.base, training.is_offloaded
+        distribute_base(base, denoiser, start, mesh, device, is_offloaded=is_offloaded)
+        share_frames(denoiser, training.split_frames)
 
     def _previews(self, encoders: Callable[[], Encoders], ema: AdapterEMA) -> list[Callback]:
         settings, sizes = self.parts.preview, self.parts.base.geometry
@@ -184,20 +208,27 @@ class _Run:
             steps=step,
             recipe=recipe.text,
         )
+        if module.trainer.is_global_zero:
+            self._write_course(started)
         with ema.applied(module):
             trained = {name: whole(value) for name, value in module.trained().items()}
-            if not module.trainer.is_global_zero:
-                return
-            tensors = adapter_tensors(module.network, trained, info.kind)
-            write_adapter(self.folder / ADAPTER_NAME, tensors, info)
+            if module.trainer.is_global_zero:
+                tensors = adapter_tensors(module.network, trained, info.kind)
+                # Last, since it says that the run is finished.
+                write_adapter(self.folder / ADAPTER_NAME, tensors, info)
+
+    def _write_course(self, started: float) -> None:
+        """Write `loss.png` and `fit.json`."""
+        rows, recipe = read_curves(self.folder / "metrics.csv"), self.recipe
+        draw_curves(rows, self.folder / "loss.png")
         facts = {
-            **_course(read_curves(self.folder / "metrics.csv")),
+            **_course(rows),
             "seconds": round(time.perf_counter() - started, 1),
             "recipe_sha256": recipe.sha256,
             "versions": {name: version(name) for name in ("torch", "lightning", "peft")},
             "python": platform.python_version(),
         }
-        (self.folder / "fit.json").write_text(json.dumps(facts, indent=2) + "\n")
+        write_text(self.folder / "fit.json", json.dumps(facts, indent=2) + "\n")
 
 
 def not_finite(error: LossNotFinite, folder: Path) -> InputError:

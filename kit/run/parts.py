@@ -15,6 +15,7 @@ from kit.models.base import Base, Geometry
 from kit.models.low_bits import FORMS
 from kit.objectives.base import Objective
 from kit.recipe import Recipe
+from kit.run.fallbacks import require_fallbacks
 from kit.run.plugins import build_sampler, require_plugins
 from kit.run.scenes import build_measure, load_portrait
 from kit.sampling.pipeline import TalkSampler
@@ -62,8 +63,11 @@ def build_fit(recipe: Recipe) -> FitParts:
         preview=recipe.build("preview") if "preview" in recipe else None,
     )
     problems += parts.sampler.problems(base.geometry.frame_stride)
-    if parts.sampler.offload:
-        problems.append("sampling.offload: a network in training cannot leave its device")
+    if parts.sampler.offload != "none":
+        problems.append(
+            "sampling.offload: a network in training stays where it is; take none, and "
+            "trainer.offload for training and previews"
+        )
     problems += _picture_problems(recipe, parts.preview)
     form = recipe.values["base"].get("quantise")
     trains_whole_parts = bool(parts.adapter.train_fully)
@@ -83,7 +87,7 @@ def build_fit(recipe: Recipe) -> FitParts:
     if parts.training.split_frames > 1 and not parts.training.is_sharded:
         problems.append("trainer.split_frames: there is one process; give trainer.devices")
     if parts.training.is_sharded:
-        problems += _sharding_problems(parts, is_quantised=form is not None)
+        problems += _sharding_problems(parts, form)
     if parts.sampler.hooks.plugins and parts.preview is None:
         problems.append("plugins: only previews use them, and there is no section `preview`")
     _refuse(problems)
@@ -91,6 +95,7 @@ def build_fit(recipe: Recipe) -> FitParts:
         _, size = load_portrait(Path(parts.preview.image), recipe["buckets"])
         require_plugins(recipe, base, parts.sampler, size, has_reference=True)
     _refuse(parts.adapter.problems(base.empty_denoiser()))
+    require_fallbacks(recipe, build_fit)
     return parts
 
 
@@ -126,10 +131,20 @@ def quantisation_problems(form: str | None, kind: str, train_fully: Sequence[str
     return found
 
 
-def _sharding_problems(parts: FitParts, *, is_quantised: bool) -> list[str]:
-    """Say what cannot be distributed over several processes."""
+def _sharding_problems(parts: FitParts, form: str | None) -> list[str]:
+    """Say what cannot be distributed over several processes, or offloaded.
+
+    Args:
+        parts: of the run.
+        form: of the base's weights; None if they are in full.
+    """
     adapter, found = parts.adapter, list[str]()
-    if adapter.kind == "dora" and not is_quantised:
+    if parts.training.is_offloaded and form is not None and FORMS[form].is_packed:
+        found.append(
+            f"trainer.offload: weights in {form} cannot leave block by block; take none, or fp8 "
+            "for base.quantise"
+        )
+    if adapter.kind == "dora" and form is None:
         found.append(
             "adapter.kind: the magnitudes of dora need whole weights, which no process of a "
             "sharded run has; take lora, loha or lokr"

@@ -17,6 +17,7 @@ from kit.devices import choose_device
 from kit.models.base import Base, Denoiser
 from kit.models.hollow import fill, to_meta
 from kit.models.split import Processes
+from kit.sampling.pipeline import Offload
 from kit.training.sharding import distribute
 
 
@@ -46,16 +47,20 @@ def joined(wanted_device: str) -> Iterator[Place]:
         wanted_device: `auto`, `cpu` or `cuda`.
     """
     device, world = choose_device(wanted_device), num_processes()
-    if world == 1:
-        yield Place(0, 1, device)
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Place(distributed.get_rank(), world, device)
+        yield Place(distributed.get_rank() if world > 1 else 0, world, device)
     finally:
+        leave()
+
+
+def leave() -> None:
+    """Forget the other processes, if this one knows any."""
+    if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
@@ -73,6 +78,8 @@ def distribute_base(
     start: Mapping[str, Tensor],
     mesh: DeviceMesh,
     device: torch.device,
+    *,
+    is_offloaded: bool = False,
 ) -> None:
     """Distribute a denoiser; each process reads its share of what has no memory yet.
 
@@ -82,15 +89,15 @@ def distribute_base(
         start: what takes the place of some of the base's weights.
         mesh: of the processes.
         device: of this one.
+        is_offloaded: each has its share on the CPU; see `distribute`.
     """
     to_meta(denoiser)
-    is_full = not any(parameter.is_meta for parameter in denoiser.parameters())
-    # What is there already is in few bits, which cannot be cut.
-    distribute(denoiser, mesh, replicate_frozen=is_full)
-    if not is_full:
+    has_memory = not any(parameter.is_meta for parameter in denoiser.parameters())
+    distribute(denoiser, mesh, is_offloaded=is_offloaded)
+    if not has_memory:
         names = {adapter_key(name): name for name, _ in denoiser.named_parameters()}
         values = ((name, start.get(name, value)) for name, value in base.parameters())
-        fill(denoiser, values, names, device)
+        fill(denoiser, values, names, torch.device("cpu") if is_offloaded else device)
 
 
 def load_for_sampling(
@@ -98,8 +105,9 @@ def load_for_sampling(
     adapter: str | None,
     place: Place,
     *,
+    is_quantised: bool = False,
     is_sharded: bool = False,
-    waits_at: torch.device | None = None,
+    offload: Offload = "none",
 ) -> Denoiser:
     """Load a denoiser for the processes that make a video together.
 
@@ -107,19 +115,33 @@ def load_for_sampling(
         base: whose denoiser.
         adapter: file of a trained one, if there is one.
         place: of this process.
+        is_quantised: the base's weights are in few bits, and none can be read share by share.
         is_sharded: each process holds a share of the weights.
-        waits_at: where the denoiser is until its turn; where it computes if absent.
+        offload: which of them are on the CPU; `blocks` shards them too.
     """
     tensors, kind = dict[str, Tensor](), "lora"
     if adapter is not None:
         tensors, info = load_adapter(Path(adapter))
         kind = info.kind
-    load, where = base.load_denoiser, waits_at or place.device
-    denoiser = base.hollow_denoiser() if is_sharded else load(where)
+    is_offloaded = offload == "blocks"
+    is_distributed = is_sharded or is_offloaded
+    if is_distributed and not is_quantised:
+        denoiser = base.hollow_denoiser()
+    else:
+        denoiser = base.load_denoiser(place.device if offload == "none" else torch.device("cpu"))
     if tensors:
         apply_adapter(denoiser, tensors, kind)
-    if is_sharded:
-        mesh = init_device_mesh(place.device.type, (place.world,))
-        distribute_base(base, denoiser.requires_grad_(False), tensors, mesh, place.device)
+    if is_distributed:
+        denoiser.requires_grad_(False)
+        mesh = _mesh(place)
+        distribute_base(base, denoiser, tensors, mesh, place.device, is_offloaded=is_offloaded)
     share_frames(denoiser, place.world)
     return denoiser.eval()
+
+
+def _mesh(place: Place) -> DeviceMesh:
+    """Make the mesh of all processes; one alone has to know itself."""
+    if not distributed.is_initialized():
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(store=store, rank=0, world_size=1)
+    return init_device_mesh(place.device.type, (place.world,))

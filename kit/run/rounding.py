@@ -102,7 +102,7 @@ def measure_rounding(
     compare = _Comparison(full_blocks)
     with ExitStack() as stack:
         for block in denoiser.blocks():
-            stack.enter_context(block.register_forward_hook(compare))
+            stack.enter_context(block.register_forward_hook(compare, with_kwargs=True))
         full = denoiser(*inputs)
     return Rounding(tuple(compare.errors), _distance(quantised, full))
 
@@ -143,13 +143,15 @@ class _Comparison:
         self._full_blocks = iter(full_blocks)
         self._accumulated: Tensor | None = None
 
-    def __call__(self, block: nn.Module, given: tuple[Any, ...], alone: Tensor) -> Tensor:
+    def __call__(
+        self, block: nn.Module, given: tuple[Tensor], context: dict[str, Any], alone: Tensor
+    ) -> Tensor:
         """See a block's output; what is returned, the next block gets. [B, N, D]"""
-        tokens, *context = given
+        (tokens,) = given
         before = tokens if self._accumulated is None else self._accumulated
         # Not called like a module, which would come back here.
-        self._accumulated = block.forward(before, *context)
-        full: Tensor = next(self._full_blocks)(*given)
+        self._accumulated = block.forward(before, **context)
+        full: Tensor = next(self._full_blocks)(tokens, **context)
         errors = (_distance(alone, full), _distance(self._accumulated, full))
         self.errors.append(BlockError(len(self.errors), *errors))
         return full

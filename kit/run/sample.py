@@ -19,8 +19,10 @@ from kit.data.media import probe
 from kit.errors import InputError
 from kit.metrics.video_report import Measure, VideoReport
 from kit.models.base import Base, Geometry
+from kit.models.low_bits import FORMS
 from kit.recipe import Recipe
 from kit.run.bases import adapter_files
+from kit.run.fallbacks import Fallbacks, least, require_fallbacks
 from kit.run.parts import quantisation_problems
 from kit.run.plugins import build_sampler, plugin_files, require_plugins
 from kit.run.processes import Place, joined, load_for_sampling, num_processes
@@ -66,7 +68,16 @@ def sample(
     out.parent.mkdir(parents=True, exist_ok=True)
     with joined(checked["device"]) as place:
         told = report if place.rank == 0 else tell_nobody
-        frames = _make(checked, base, sampler, out, told, place, keeps_frames=is_measured)
+        record = out.with_suffix(".out_of_memory.txt")
+        fallbacks = Fallbacks(checked, record, place.world, told)
+
+        def make(lowered: Recipe) -> tuple[UnfinishedVideo, Tensor]:
+            built = (base, sampler) if lowered is checked else build_sample(lowered)
+            return _make(checked, *built, out, told, place, keeps_frames=is_measured)
+
+        video, frames = fallbacks.run(make)
+        if place.rank == 0:
+            fallbacks.forget()
     if is_measured and place.rank == 0:
         numbers = _measure(checked, base, sampler, frames)
         path = out.with_suffix(".report.json")
@@ -74,6 +85,7 @@ def sample(
         report(f"{path}: measured")
         for line in numbers.lines():
             report(line)
+    video.remove()
     return out
 
 
@@ -104,16 +116,23 @@ def build_sample(recipe: Recipe) -> tuple[Base, TalkSampler]:
         unfit = quantisation_problems(form, info.kind, info.train_fully)
         if unfit:
             raise InputError("\n".join(unfit))
+    require_fallbacks(recipe, build_sample)
     return base, sampler
 
 
 def _process_problems(recipe: Recipe, sampler: TalkSampler) -> list[str]:
-    """Say what does not go with several processes, in words."""
+    """Say what does not go with several processes or with blocks that are away, in words."""
     found, form = [], recipe.values["base"].get("quantise")
-    if sampler.shard and form is not None:
+    is_packed = form is not None and FORMS[form].is_packed
+    if sampler.shard and is_packed:
         found.append(f"sampling.shard: weights in {form} cannot be cut; leave one of them out")
-    if sampler.shard and sampler.offload:
-        found.append("sampling.offload: each process has only a share to put away; leave shard out")
+    if sampler.offload == "blocks" and is_packed:
+        found.append(
+            f"sampling.offload: weights in {form} cannot leave block by block; take turns, or fp8 "
+            "for base.quantise"
+        )
+    if sampler.offload == "turns" and sampler.shard:
+        found.append("sampling.offload: each process has only a share to put away; take blocks")
     inner = [name for hook in INSIDE for name in sampler.hooks.having(hook)]
     if num_processes() > 1 and inner:
         found.append(
@@ -203,8 +222,8 @@ def _make(
     place: Place,
     *,
     keeps_frames: bool,
-) -> Tensor:
-    """Make the video; gives its pixels, or none of them. [T, height, width, 3]"""
+) -> tuple[UnfinishedVideo, Tensor]:
+    """Make the video; gives its chunks, and its pixels or none of them. [T, height, width, 3]"""
     fps, started = base.geometry.fps, time.perf_counter()
     request = read_request(recipe)
     tracks = load_tracks(request, fps)
@@ -217,7 +236,7 @@ def _make(
     if request.video is not None and (seconds := probe(request.video).seconds) < total / fps:
         report(f"{request.video} ends after {seconds:.2f} s; its last picture is used from there")
     report(f"{out}: {total} frames of {size[1]}x{size[0]} in {len(chunks)} chunks")
-    identity, is_first = identify(recipe, _inputs(recipe)), place.rank == 0
+    identity, is_first = identify(least(recipe), _inputs(recipe)), place.rank == 0
     video = UnfinishedVideo(out, identity, fps, size, writes=is_first)
     place.wait()  # until all have seen how far the video is
     if video.progress is not None:
@@ -226,11 +245,8 @@ def _make(
     frames = torch.empty(total if keeps_frames else 0, *size, 3, dtype=torch.uint8)
     done = _copy(video.frames(), frames, 0) if keeps_frames else 0
     steps = len(sampler.sigmas) - 1
-    total_steps = len(chunks) * steps
-    with (
-        _kept(video, tracks.sum(0)),
-        tqdm(total=total_steps, unit="step", disable=not is_first) as bar,
-    ):
+    progress_bar = tqdm(total=len(chunks) * steps, unit="step", disable=not is_first)
+    with _kept(video, tracks.sum(0)), progress_bar as bar:
         bar.update(steps * video.progress.next_chunk if video.progress else 0)
 
         def advance(chunk: Chunk, step: int) -> None:
@@ -241,21 +257,20 @@ def _make(
             base,
             recipe["adapter"],
             place,
+            is_quantised=recipe.values["base"].get("quantise") is not None,
             is_sharded=sampler.shard and place.world > 1,
-            waits_at=torch.device("cpu") if sampler.offload else place.device,
+            offload=sampler.offload,
         )
         encoders = base.load_encoders(place.device)
-        seed = recipe["seed"]
-        made = sampler.sample(denoiser, encoders, scene, seed, advance, video.progress)
+        made = sampler.sample(denoiser, encoders, scene, recipe["seed"], advance, video.progress)
         for pixels, progress in made:
             pictures = to_pictures(pixels)
             video.add(pictures, progress)
             if keeps_frames:
                 done += _copy(pictures, frames, done)
     video.join(tracks.sum(0))
-    video.remove()
     report(f"{out}: {total / fps:.2f} s of video in {time.perf_counter() - started:.1f} s")
-    return frames
+    return video, frames
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kit.atomic import atomic_write
 from kit.data.media import VideoWriter, iter_frames, join_videos
 from kit.recipe import Recipe
 from kit.sampling.chunks import Progress
@@ -50,12 +51,10 @@ class UnfinishedVideo:
         path = self._part(progress.next_chunk - 1)
         with VideoWriter(path, fps=self._fps, height=height, width=width) as writer:
             writer.write(pictures)
-        state = self.folder / _STATE
-        written = state.with_suffix(".written")
         tensors = {"tail": progress.tail.cpu(), "waiting": progress.waiting.cpu()}
         facts = {"identity": self._identity, "next_chunk": str(progress.next_chunk)}
-        save_file({name: t.contiguous() for name, t in tensors.items()}, written, metadata=facts)
-        written.replace(state)
+        with atomic_write(self.folder / _STATE) as partial:
+            save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata=facts)
         self.progress = progress
 
     def frames(self) -> np.ndarray:
@@ -71,6 +70,8 @@ class UnfinishedVideo:
     def remove(self) -> None:
         """Take the chunks away."""
         if self._writes:
+            # First what says that the chunks are there.
+            (self.folder / _STATE).unlink()
             shutil.rmtree(self.folder)
 
     def _parts(self) -> list[Path]:

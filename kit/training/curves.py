@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 
+from kit.atomic import atomic_write
 from kit.training.module import Fitting
 
 SMOOTHING = 0.9
@@ -17,7 +18,7 @@ SMOOTHING = 0.9
 
 
 class Curves(Callback):
-    """Writes `metrics.csv` and draws `loss.png` in the run's folder.
+    """Writes `metrics.csv` in the run's folder.
 
     Rows behind the step that a run continues at are dropped: they are trained again.
 
@@ -29,7 +30,6 @@ class Curves(Callback):
 
     def __init__(self, folder: Path, every: int, sharing: int = 1) -> None:
         self.path = folder / "metrics.csv"
-        self.picture = folder / "loss.png"
         self.every = every
         self.sharing = sharing
         self._losses: list[dict[str, torch.Tensor]] = []
@@ -43,7 +43,11 @@ class Curves(Callback):
         self._last_step = trainer.global_step
         if trainer.is_global_zero:
             kept = [row for row in read_curves(self.path) if int(row["step"]) <= self._last_step]
-            _write_rows(self.path, kept, mode="w")
+            if kept:
+                with atomic_write(self.path) as partial:
+                    _write_rows(partial, kept, mode="w")
+            else:
+                self.path.unlink(missing_ok=True)
         self._since = time.perf_counter()
 
     def on_before_optimizer_step(
@@ -68,11 +72,6 @@ class Curves(Callback):
         if self._last_step % self.every == 0 and trainer.logger is not None:
             trainer.logger.log_metrics(row, self._last_step)
         self._losses, self._samples, self._since = [], 0, time.perf_counter()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the picture."""
-        if trainer.is_global_zero:
-            draw_curves(read_curves(self.path), self.picture)
 
     def _row(self, grad_norm: float, processes: Strategy) -> dict[str, float]:
         """Average over the batches of all processes."""
@@ -118,7 +117,8 @@ def draw_curves(rows: list[dict[str, str]], picture: Path) -> None:
     axes.set_ylabel("loss")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
+    with atomic_write(picture) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -132,14 +132,8 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def _write_rows(path: Path, rows: list[Any], mode: str) -> None:
-    if not rows:
-        if mode == "w":
-            path.unlink(missing_ok=True)
-        return
-    target = path.with_suffix(".partial") if mode == "w" else path
-    with target.open(mode, newline="") as file:
+    with path.open(mode, newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)
-    target.replace(path)

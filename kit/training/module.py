@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from kit.adapters.lora import trained_parameters
 from kit.draws import seed_of
 from kit.errors import InputError
 from kit.models.hollow import whole
+from kit.training.activations import activations_on_host
 from kit.training.optim import OptimizerSettings
 from kit.training.task import Task, total
 
@@ -48,6 +50,7 @@ class Fitting(LightningModule):
         recipe: the resolved recipe, plain values; kept in checkpoints.
         shard: distributes the network over the processes of a mesh and reads its weights; None if
             it is whole already.
+        has_activations_on_host: keep there what the backward pass needs.
     """
 
     # Frozen weights are not in checkpoints; `on_load_checkpoint` is strict about all others.
@@ -60,6 +63,8 @@ class Fitting(LightningModule):
         seed: int,
         recipe: dict[str, Any],
         shard: Shard | None = None,
+        *,
+        has_activations_on_host: bool = False,
     ) -> None:
         super().__init__()
         self.network = task.network
@@ -68,6 +73,7 @@ class Fitting(LightningModule):
         self.seed = seed
         self.recipe = recipe
         self.shard = shard
+        self.has_activations_on_host = has_activations_on_host
         self.grad_norm = 0.0
         self._last: tuple[list[str], list[list[int]]] = ([], [])
 
@@ -96,7 +102,8 @@ class Fitting(LightningModule):
         keys, draws = self.task.names(batch)
         # Dropout inside the network draws from torch's own generator.
         torch.manual_seed(seed_of(self.seed, *sum(draws, []), "network"))
-        losses = self.task.losses(batch)
+        with activations_on_host() if self.has_activations_on_host else nullcontext():
+            losses = self.task.losses(batch)
         self._last = keys, draws
         self._require_finite({name: value.item() for name, value in losses.items()})
         values = {name: value.detach() for name, value in losses.items()}

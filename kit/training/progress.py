@@ -35,3 +35,9 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the bar as it stands; Lightning tears nothing down behind an error."""
+        self.teardown(trainer, pl_module, "fit")

@@ -43,6 +43,12 @@ class GracefulStop(Callback):
             signal.signal(number, handler)
         self._before.clear()
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the signals back; Lightning tears nothing down behind an error."""
+        self.teardown(trainer, pl_module, "fit")
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         log.warning("stopping at the end of this step; everything will be saved")

@@ -41,6 +41,10 @@ class Training:
             block by block; `auto` takes all GPUs. Under torchrun its number counts.
         nodes: machines, started by torchrun or SLURM.
         shard: distribute the network even if there is only one process.
+        offload: `weights` keeps the network, its gradients and the optimiser's averages in the
+            memory of the CPU, and has on the GPU the block that works.
+        activations: `host` keeps what the backward pass needs in the memory of the CPU until then;
+            with `checkpoint_blocks: 1` that is the input of each block.
         split_frames: neighbouring processes that share each video, its latent frames among them, so
             that longer or larger windows fit.
     """
@@ -61,6 +65,8 @@ class Training:
         devices: Count | Literal["auto"] = 1,
         nodes: Count = 1,
         shard: bool = False,
+        offload: Literal["none", "weights"] = "none",
+        activations: Literal["device", "host"] = "device",
         split_frames: Count = 1,
     ) -> None:
         self.max_steps = max_steps
@@ -75,7 +81,9 @@ class Training:
         self.device = device
         self.devices = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or _count(devices)
         self.nodes = int(os.environ.get("GROUP_WORLD_SIZE", 0)) or nodes
-        self.is_sharded = shard or self.world > 1
+        self.is_offloaded = offload == "weights"
+        self.is_sharded = shard or self.is_offloaded or self.world > 1
+        self.has_activations_on_host = activations == "host"
         self.split_frames = split_frames
 
     @property
@@ -111,7 +119,7 @@ class Training:
             accelerator="gpu" if self.uses_gpu else "cpu",
             devices=self.devices,
             num_nodes=self.nodes,
-            strategy=ShardedStrategy() if self.is_sharded else "auto",
+            strategy=self._strategy() if self.is_sharded else "auto",
             max_steps=self.max_steps,
             max_epochs=1,
             precision=self.precision,
@@ -133,6 +141,11 @@ class Training:
                 SaveCheckpoints(folder / "checkpoints", self.save_every, self.keep_checkpoints),
             ],
         )
+
+    def _strategy(self) -> ShardedStrategy:
+        # Shares on the CPU are added up there.
+        backend = "cpu:gloo,cuda:nccl" if self.is_offloaded and self.uses_gpu else None
+        return ShardedStrategy(is_offloaded=self.is_offloaded, backend=backend)
 
 
 def _count(devices: int | Literal["auto"]) -> int:
