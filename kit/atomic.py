@@ -18,10 +18,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        yield partial
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with naming(path):
+            yield partial
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the disk name the file that is written, where they name none."""
+    try:
+        yield
     except OSError as error:
         if error.filename is None:
             error.filename = str(path)
@@ -32,11 +42,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if full not in str(error):
             raise
         raise OSError(errno.ENOSPC, full, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with atomic_write(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")

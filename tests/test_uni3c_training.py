@@ -141,7 +141,8 @@ def test_a_folder_without_examples_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_shipped_controller_fits_the_shipped_base() -> None:
-    controller = weights.load_controller(ROOT / "plugins" / "uni3c" / "studio.safetensors", CPU, torch.float32)
+    file = ROOT / "plugins" / "uni3c" / "studio.safetensors"
+    controller = weights.load_controller(file, CPU, torch.float32)
     base = WanBase(path=str(STUDIO), dtype="float32").empty_denoiser()
     assert isinstance(base, Wan)
     assert controller.sizes.base_dim == base.transformer.patch_embedding.out_channels

@@ -81,7 +81,7 @@ class Census:
     def write(self, folder: Path) -> None:
         """Write `census.json`."""
         text = json.dumps(self._facts(), indent=2, ensure_ascii=False)
-        (folder / CENSUS_NAME).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / CENSUS_NAME, text + "\n")
 
     def lines(self) -> Iterator[str]:
         """Give the account as a short table."""

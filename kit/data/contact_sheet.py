@@ -57,7 +57,8 @@ class ContactSheet:
         sheet = Image.new("RGB", (_STRIP_WIDTH + 2 * _GAP, height + _GAP), _PAPER)
         for place, strip in enumerate(self._strips):
             sheet.paste(strip, (_GAP, _GAP + place * _STRIP_HEIGHT))
-        sheet.save(folder / SHEET_NAME, optimize=True)
+        with atomic_write(folder / SHEET_NAME) as partial:
+            sheet.save(partial, format="PNG", optimize=True)
 
 
 def strip_frames(num_frames: int) -> list[int]:

@@ -15,6 +15,7 @@ from filelock import Timeout
 from safetensors.torch import save
 from torch import Tensor
 
+from kit.atomic import write_text
 from kit.batch import Sample
 from kit.data.claims import claim
 from kit.data.clips import (
@@ -274,9 +275,7 @@ def _begin(out: Path, begun: Settings, *, overwrite: bool) -> None:
     if before != begun:
         for old in (*out.glob("shard-*.tar"), out / INDEX_NAME):
             old.unlink(missing_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(begun, indent=2) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(begun, indent=2) + "\n")
 
 
 def _read_begun(path: Path) -> Settings:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kit.atomic import write_text
 from kit.data.buckets import parse_buckets
 from kit.data.census import Census, Dropped, KeptClip, load_census
 from kit.data.contact_sheet import ContactSheet
@@ -22,9 +23,7 @@ from kit.errors import InputError
 BEGUN_NAME = "begun.txt"
 """Says for which clips and settings a folder was begun."""
 
-_OURS = re.compile(
-    r"begun\.txt|shard-\d{6}\.tar(\.partial)?|index\.json(\.partial)?|census\.(json|png)"
-)
+_OURS = re.compile(r"(begun\.txt|shard-\d{6}\.tar|index\.json|census\.(json|png))(\.partial)?")
 _UNSAFE = re.compile(r"[^0-9A-Za-z_-]+")
 
 
@@ -124,7 +123,7 @@ def _make_room(out: Path, request: str, *, overwrite: bool) -> None:
         if path.name != BEGUN_NAME:  # says whose the others are, if this is stopped
             path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    (out / BEGUN_NAME).write_text(request + "\n")
+    write_text(out / BEGUN_NAME, request + "\n")
 
 
 def _begun(out: Path) -> str | None:

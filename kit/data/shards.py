@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from kit.data.fields import INDEX_NAME, Index, IndexedSample, Meta
 from kit.data.writer import read_index
@@ -30,7 +31,7 @@ class Folder(Protocol):
         """Give a descriptor of a shard, for reading."""
 
 
-def digest_of(files: Iterable[BinaryIO]) -> str:
+def digest_of(files: Iterable[BufferedIOBase]) -> str:
     """Hash what files hold, one behind the other."""
     digest = hashlib.sha256()
     for file in files:

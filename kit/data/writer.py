@@ -17,6 +17,7 @@ from typing import Self
 from pydantic import TypeAdapter, ValidationError
 from webdataset.writer import TarWriter  # type: ignore[import-untyped]
 
+from kit.atomic import naming, write_text
 from kit.data.fields import (
     INDEX_FORMAT,
     INDEX_NAME,
@@ -137,16 +138,7 @@ def write_index(
         settings=dict(settings),
         shards=list(shards),
     )
-    partial = folder / f"{INDEX_NAME}.partial"
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump({**index, "digest": digest}, file, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / INDEX_NAME)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_text(folder / INDEX_NAME, json.dumps({**index, "digest": digest}, ensure_ascii=False))
 
 
 def read_index(folder: Path) -> Index:
@@ -236,16 +228,18 @@ class _Shard:
         self.num_bytes = 0
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        self.num_bytes += self._tar.write({"__key__": key, **members})
+        with naming(self._path):
+            self.num_bytes += self._tar.write({"__key__": key, **members})
         self.num_samples += 1
 
     def publish(self) -> Path:
         try:
-            self._tar.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._partial.replace(self._path)
+            with naming(self._path):
+                self._tar.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                self._partial.replace(self._path)
         except BaseException:
             self.discard()
             raise
