@@ -144,12 +144,17 @@ def draw_inputs(folder: Path, length: int) -> None:
     (folder / "fit.yaml").write_text(RECIPE.replace("FOLDER", str(folder)))
     talk = draw_normal((1, (4 * length + 5) * 640), "talk")
     (folder / "speech.wav").write_bytes(encode_wav(0.1 * talk))
+    draw_clips(folder / "clips", length)
+
+
+def draw_clips(folder: Path, count: int) -> None:
+    """Draw short clips of moving colours, with sound and captions."""
     across = np.linspace(0, 6, 64)
-    for clip in range(length):
+    for clip in range(count):
         waves = np.sin(across + clip + 0.2 * np.arange(17)[:, None])
         frames = np.broadcast_to(waves[:, None, :, None], (17, 64, 64, 3))
         speech = 0.1 * draw_normal((17 * 640,), clip, "speech")
-        path = folder / "clips" / f"clip{clip:02d}.mp4"
+        path = folder / f"clip{clip:02d}.mp4"
         with VideoWriter(path, fps=25, height=64, width=64, speech=speech) as writer:
             writer.write((127 + 120 * frames).astype(np.uint8))
         path.with_suffix(".txt").write_text(f"clip {clip}")

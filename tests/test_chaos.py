@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import attack_all
+from benchmarks.chaos import attack_all, draw_clips
+from kit.cli import main
 from kit.training.curves import read_curves
 from tests.processes import run_together, start_together
 from tests.test_sharded_fit import assert_alike, train, words
@@ -45,6 +46,29 @@ def test_killed_processes_that_train_together_go_on_bit_for_bit(
     told = run_together(2, train, words(encoded_shards, "killed", **LONG))
     assert any("going on from" in line for line in told[0])
     assert_alike("killed", "through", atol=0.0)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 4])
+def test_preparing_may_be_stopped_while_it_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    draw_clips(tmp_path / "clips", 1)
+    command = ["prepare", str(tmp_path / "clips"), "--out", str(tmp_path / "shards")]
+    command += ["--window", "9", "--buckets", "64x64"]
+    assert main(command) == 0
+    (tmp_path / "shards" / "index.json").unlink()  # as if it had been stopped just before
+    unlink, done = Path.unlink, list[Path]()
+
+    def stops(path: Path, missing_ok: bool = False) -> None:
+        done.append(path)
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", stops)
+        assert main(command) == 130
+    assert main(command) == 0
 
 
 def wait_for_steps(curves: Path, steps: int, processes: list[BaseProcess]) -> None:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kit.atomic import write_text
+
 NO_CAPTION = "has no caption"
 """Begins the warning that can concern every file."""
 

@@ -1,6 +1,5 @@
 """Reading files behind an address, from a server or a bucket, with patience."""
 
-import errno
 import logging
 import time
 from collections.abc import Callable
@@ -13,14 +12,13 @@ from urllib.parse import urlsplit
 import fsspec
 from aiohttp import ClientError, ClientTimeout
 
-from kit.errors import InputError
+from kit.errors import InputError, disk_full
 
 DRIVERS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
 """Kinds of addresses, and the package that reads each; those for buckets come as an extra."""
 
 EXTRA = "charakit[remote]"
 
-_DISK = {errno.ENOSPC, errno.EDQUOT}
 _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
@@ -112,7 +110,7 @@ class Connection:
             try:
                 return act(url)
             except (OSError, ClientError) as error:
-                if getattr(error, "errno", None) in _DISK:
+                if disk_full(error):
                     raise
                 reason = _reason(error)
                 if _is_final(error):

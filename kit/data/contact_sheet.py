@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from kit.atomic import atomic_write
+
 SHEET_NAME = "census.png"
 STRIP_FRAMES = 6
 MAX_STRIPS = 12

@@ -17,7 +17,7 @@ from typing import Self
 from pydantic import TypeAdapter, ValidationError
 from webdataset.writer import TarWriter  # type: ignore[import-untyped]
 
-from kit.atomic import naming, write_text
+from kit.atomic import atomic_write, naming
 from kit.data.fields import (
     INDEX_FORMAT,
     INDEX_NAME,
@@ -138,7 +138,9 @@ def write_index(
         settings=dict(settings),
         shards=list(shards),
     )
-    write_text(folder / INDEX_NAME, json.dumps({**index, "digest": digest}, ensure_ascii=False))
+    path = folder / INDEX_NAME
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
+        json.dump({**index, "digest": digest}, file, ensure_ascii=False)
 
 
 def read_index(folder: Path) -> Index:
