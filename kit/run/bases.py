@@ -23,7 +23,8 @@ def adapter_files(recipe: Recipe) -> list[Path]:
     named = [change["file"] for change in values.get("base", {}).get("loras", [])] + [
         adapter.get("start")
     ]
-    return [adapter_file(shipped.resolve(name)) for name in named if name is not None]
+    # Of a whole network, `start` is a number.
+    return [adapter_file(shipped.resolve(name)) for name in named if isinstance(name, str)]
 
 
 def build_base(
